@@ -1,0 +1,76 @@
+# `make` lists the targets. Everything runs in .venv, which `setup` makes from pyproject.toml and constraints.txt.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# -qq: errors only. It is left to pip's own settings where packages come from.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+
+# One thread per test process: two processes share the cores.
+UNIT := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+ALONE := $(BIN)/pytest -q
+DEFAULT := not slow and not gpu and not browser
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu test-browser bench lint format constraints clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
+		|| sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1: \2/p' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install the project into it, with what the tests need
+
+# torch goes first and by its exact version: a build of it that pip can see on disk (the CPU one, say) is then used,
+# and the packages that ask for "torch" are content with it.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (some minutes the first time)"
+	@test -n "$(PYTHON)" || { echo "error: no python3.11 or python3 on PATH" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) install $$(grep '^torch==' constraints.txt)
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## System 1 and System 2 side by side on fresh problems: a table and a picture
+	$(BIN)/crsm demo
+
+test: lint ## lint, types and all tests but the slow ones, those for a GPU and those for a browser
+	$(UNIT) -m "$(DEFAULT) and not ray and not serial"
+	$(ALONE) -m "$(DEFAULT) and (ray or serial)" || test $$? -eq 5
+
+test-slow: setup ## the slow tests
+	$(ALONE) -m "slow and not gpu and not browser"
+
+test-gpu: setup ## the tests that need a CUDA device
+	$(ALONE) -m "gpu"
+
+test-browser: setup ## the tests that need a headless browser
+	$(ALONE) -m "browser"
+
+bench: setup ## System 1 against System 2 with all controls; results in runs/bench
+	$(BIN)/python -m jobs.benchmark_reasoning --checkpoint nano --task path_star --problems 500 --lag 2 --seed 7 \
+		--json runs/bench/path_star.json
+	$(BIN)/python -m jobs.benchmark_reasoning --checkpoint nano --task tree_path --problems 500 --lag 1 --seed 7 \
+		--json runs/bench/tree_path.json
+
+lint: setup ## ruff and mypy
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { $(BIN)/ruff format --check . ; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+
+format: setup ## rewrite the code as ruff wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: setup ## pin what is installed now in constraints.txt
+	@{ echo "# What CI installs. Written by 'make constraints' from a working .venv."; \
+		$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable \
+		| grep -E '^[A-Za-z0-9._-]+==' | sed 's/+.*//'; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean: ## remove caches and build output
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## also remove .venv
+	rm -rf $(VENV)

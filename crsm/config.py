@@ -1,0 +1,477 @@
+"""Typed, strict settings. YAML is their serialisation; an unknown key or a value out of range is an error.
+
+This module imports neither torch nor Ray, so that commands can parse, complain and print help in a moment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from crsm.types import Channel
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Base of every group of settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class BackboneConfig(Settings):
+    """Sizes of the Mamba-2 backbone; the names are those of ``mamba-ssm``."""
+
+    vocab_size: Annotated[int, Field(ge=0)] = 0
+    """Rows of the embedding; 0: taken from the tokenizer when the model is built."""
+    d_model: Positive = 96
+    n_layer: Positive = 4
+    d_state: Positive = 32
+    """N"""
+    headdim: Positive = 32
+    """P"""
+    expand: Positive = 2
+    """Inner width over d_model; H = expand · d_model / headdim."""
+    d_conv: Annotated[int, Field(ge=2)] = 4
+    """K"""
+    chunk_size: Positive = 64
+    """Tokens per chunk of the parallel forward; does not change its result beyond rounding."""
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def n_heads(self) -> int:
+        return self.d_inner // self.headdim
+
+    @property
+    def conv_channels(self) -> int:
+        return self.d_inner + 2 * self.d_state
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> BackboneConfig:
+        if self.d_inner % self.headdim:
+            raise ValueError(
+                f"headdim = {self.headdim} does not divide expand · d_model = {self.d_inner}; allowed: a divisor of it"
+            )
+        return self
+
+
+class CriticConfig(Settings):
+    uncertainty_penalty: Annotated[float, Field(ge=0.0)] = 0.25
+    """λ of the consensus ``V = Σ k_i v_i − λ · std_i(v_i)``."""
+
+
+class WorldModelConfig(Settings):
+    kind: Literal["latent", "exact"] = "latent"
+    """``latent``: the GRU; ``exact``: the backbone's own step behind the same interface (slow, the ceiling)."""
+    width: Positive = 128
+    """G"""
+    read_layers: tuple[int, ...] | None = None
+    """Layers whose SSM memory the planner reads (and the snapshot carries); None: all."""
+    decoder_width: Positive = 256
+
+
+class WriterConfig(Settings):
+    width: Positive = 128
+    rank: Positive = 1
+
+
+class ModelConfig(Settings):
+    """Everything that fixes the shapes of a checkpoint."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    critic: CriticConfig = CriticConfig()
+    world_model: WorldModelConfig = WorldModelConfig()
+    writer: WriterConfig = WriterConfig()
+
+    @model_validator(mode="after")
+    def _layers_exist(self) -> ModelConfig:
+        layers = self.world_model.read_layers
+        if layers is not None and (not layers or any(not 0 <= i < self.backbone.n_layer for i in layers)):
+            raise ValueError(
+                f"world_model.read_layers = {layers}; allowed: layers between 0 and {self.backbone.n_layer - 1}, "
+                "at least one"
+            )
+        return self
+
+
+class PathStarConfig(Settings):
+    """Star graph: arms from one centre, the goal at the end of one arm (arXiv 2403.06963)."""
+
+    name: Literal["path_star"] = "path_star"
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the training mix."""
+    arms: Annotated[int, Field(ge=2)] = 3
+    length: Annotated[int, Field(ge=2)] = 4
+    """Nodes of an arm, the centre included."""
+    labels: Positive = 30
+    preamble: Annotated[int, Field(ge=0)] = 2
+    """Tokens said before the path: time to think."""
+
+    @model_validator(mode="after")
+    def _labels_suffice(self) -> PathStarConfig:
+        need = 1 + self.arms * (self.length - 1)
+        if self.labels < need:
+            raise ValueError(f"labels = {self.labels}; allowed: at least {need} for this graph")
+        return self
+
+
+class TreePathConfig(Settings):
+    """Complete binary tree; the answer is the path from the root to a goal leaf: several decisions in a row."""
+
+    name: Literal["tree_path"] = "tree_path"
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    depth: Annotated[int, Field(ge=1)] = 3
+    labels: Positive = 30
+    preamble: Annotated[int, Field(ge=0)] = 2
+
+    @model_validator(mode="after")
+    def _labels_suffice(self) -> TreePathConfig:
+        need = 2 ** (self.depth + 1) - 1
+        if self.labels < need:
+            raise ValueError(f"labels = {self.labels}; allowed: at least {need} for this tree")
+        return self
+
+
+class Gsm8kConfig(Settings):
+    """Grade-school word problems with worked steps (arXiv 2110.14168)."""
+
+    name: Literal["gsm8k"] = "gsm8k"
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    path: str | None = None
+    """A local jsonl; ``sample``: the 200 shipped problems; None: ``openai/gsm8k`` from the hub (extra ``hub``)."""
+    attempts_path: str | None = None
+    """A jsonl of model-made attempts with verdicts (fields ``question``, ``attempt``, ``correct``)."""
+    max_tokens: Positive = 256
+    """Problems whose text is longer are left out, and counted."""
+
+
+TaskConfig = Annotated[PathStarConfig | TreePathConfig | Gsm8kConfig, Field(discriminator="name")]
+
+
+class TokenizerConfig(Settings):
+    kind: Literal["closed", "bpe"] = "closed"
+    """``closed``: the words of the tasks, nothing else; ``bpe``: byte-level BPE trained on the tasks' text."""
+    vocab_size: Positive = 4096
+    """Entries of a BPE; a closed vocabulary has as many as the tasks need."""
+
+
+class SearchConfig(Settings):
+    """Settings of the tree search; the defaults are those that the shipped checkpoint's report favours."""
+
+    policy: Literal["puct", "gumbel"] = "puct"
+    simulations: Positive = 64
+    num_actions: Positive = 6
+    """A: children expanded per node, the most likely ones."""
+    max_depth: Positive = 6
+    """Depth cap; the world model's trust horizon caps it further."""
+    puct_c_init: Annotated[float, Field(ge=0)] = 1.0
+    puct_c_base: Annotated[float, Field(gt=0)] = 19652.0
+    q_transform: Literal["raw", "minmax"] = "raw"
+    """How PUCT scales values: as they are (probabilities in [0, 1]), or by the range of parent and siblings (mctx)."""
+    root_prior_mass: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Root actions outside the smallest set that holds this prior mass are not considered."""
+    gumbel_scale: Annotated[float, Field(ge=0)] = 0.0
+    """Root noise of the Gumbel policy; 0 at inference."""
+    max_considered_actions: Positive = 16
+    """Root actions that enter sequential halving."""
+    gumbel_value_scale: Annotated[float, Field(gt=0)] = 0.1
+    gumbel_maxvisit_init: Annotated[float, Field(ge=0)] = 50.0
+    virtual_loss: Annotated[int, Field(ge=0)] = 0
+    """Reserved for several leaves of one tree in flight; 0: one leaf a tree (the reference search)."""
+
+
+class DeliberationConfig(Settings):
+    """How System 2 is asked and how its plans are applied."""
+
+    lag: Annotated[int, Field(ge=0)] = 2
+    """Tokens between the request and the plan's target; 0 is the synchronous upper bound of ablations."""
+    max_lag: Annotated[int, Field(ge=0)] = 8
+    """A plan later than this many tokens after its target is dropped."""
+    late_decay: Probability = 0.9
+    """A late plan's α is multiplied by this once per token of lateness."""
+    injection_rate: Probability = 0.2
+    channel: Channel = Channel.STATE
+    plan_length: Positive = 4
+    """Tokens of the principal variation that are written."""
+    plan_every: Positive = 1
+    """Ask at every n-th generated position."""
+    max_plans: Annotated[int, Field(ge=1)] | None = None
+    """Requests per generation; None: no bound."""
+    hypotheses: Positive = 1
+    withdraw: bool = True
+    """Take a superseded or spent write out of the state again."""
+
+    @model_validator(mode="after")
+    def _lag_within_limit(self) -> DeliberationConfig:
+        return self
+
+
+class SamplingConfig(Settings):
+    temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """0: greedy."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0: off."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_tokens: Positive = 64
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class EngineConfig(Settings):
+    clock: Literal["virtual", "wall"] = "virtual"
+    """``virtual``: a plan is there exactly at its target, whatever the machine's speed; ``wall``: when it arrives."""
+    pace: Annotated[float, Field(gt=0)] | None = None
+    """Tokens per second at most (wall clock only); None: as fast as the machine goes."""
+    max_batch: Positive = 256
+    """Generations decoded together."""
+
+
+class PlannersConfig(Settings):
+    count: Annotated[int, Field(ge=0)] = 1
+    """Planner threads or actors; 0: System 1 alone."""
+    threads: Positive = 1
+    """Threads of torch inside one planner."""
+    max_batch: Positive = 128
+    """Requests of one search batch."""
+    max_in_flight: Positive = 2
+    """Batches queued at one planner; more are shed, oldest first."""
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+
+
+class OptimizerConfig(Settings):
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Global gradient norm."""
+    warmup: Annotated[int, Field(ge=0)] = 100
+    """Steps of linear warmup."""
+    schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    final_lr: Probability = 0.05
+    """Last learning rate as a share of ``lr``."""
+    wsd_decay: Probability = 0.2
+    """Share of the steps that a WSD schedule spends decaying."""
+    accumulate: Positive = 1
+    """Micro-batches per optimizer step."""
+    ema: Probability | None = None
+    """Decay of an exponential moving average of the weights; None: off."""
+
+
+class StageConfig(Settings):
+    """What all four stages share."""
+
+    steps: Positive
+    batch: Positive
+    """Sequences (stage 1, 4) or problems (stage 2) per optimizer step over all workers."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint_every: Positive = 250
+    evaluate_every: Positive = 250
+    evaluate_problems: Positive = 128
+    log_every: Positive = 25
+
+
+class BackboneStageConfig(StageConfig):
+    steps: Positive = 5000
+    batch: Positive = 64
+    value_weight: Annotated[float, Field(ge=0)] = 0.5
+    fusion_entropy: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the bonus on the entropy of the fusion weights."""
+    solution_share: Probability = 0.5
+    """Share of the sequences that hold the solution; the others hold an attempt."""
+
+
+class DynamicsStageConfig(StageConfig):
+    steps: Positive = 700
+    batch: Positive = 24
+    attempts: Positive = 4
+    """Attempts per problem; the prompt is run once for all of them."""
+    unroll: Positive = 8
+    """K: steps of the world model from every root."""
+    roots: Positive | None = None
+    """Roots per sequence, drawn at random; None: every position of the answer."""
+    policy_weight: Annotated[float, Field(ge=0)] = 1.0
+    value_weight: Annotated[float, Field(ge=0)] = 2.0
+    cosine_weight: Annotated[float, Field(ge=0)] = 0.1
+    trust_kl: Annotated[float, Field(gt=0)] = 0.25
+    """The trust horizon is the last step whose mean policy KL (nats) and value error stay under these."""
+    trust_value_error: Annotated[float, Field(gt=0)] = 0.15
+
+
+class JudgmentStageConfig(StageConfig):
+    steps: Positive = 200
+    batch: Positive = 64
+    iterations: Positive = 1
+    """Rounds of roll-outs and training."""
+    problems: Positive = 512
+    """Problems per round, each rolled out by System 1 and by System 2."""
+    actors: Positive = 2
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    gate_accuracy: Probability = 0.90
+    """Pairwise branch accuracy below which stage 4 keeps its gates shut."""
+
+
+class AssemblyStageConfig(StageConfig):
+    steps: Positive = 1000
+    batch: Positive = 64
+    rates: tuple[Probability, ...] = (0.1, 0.2)
+    """α drawn in training."""
+    earlier_write: Probability = 0.5
+    """Share of states that already carry an earlier plan's write."""
+    after_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the KL to the uninjected backbone on the tokens after the plan."""
+    calibration_problems: Positive = 512
+    """Held-out problems that calibrate the gates."""
+
+
+class TrainConfig(Settings):
+    """Where and on what the stages run."""
+
+    workers: Positive = 1
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Threads of torch per worker; 0: the machine's cores over the workers."""
+    use_gpu: bool = False
+    storage_path: str = "runs"
+    max_failures: Annotated[int, Field(ge=0)] = 1
+    """Restarts of a failed worker group before the job gives up."""
+    keep_checkpoints: Positive = 2
+
+
+class Config(Settings):
+    """The whole tree of settings of one run."""
+
+    name: str = "nano"
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    tasks: tuple[TaskConfig, ...] = (PathStarConfig(), TreePathConfig())
+    search: SearchConfig = SearchConfig()
+    deliberation: DeliberationConfig = DeliberationConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+    planners: PlannersConfig = PlannersConfig()
+    train: TrainConfig = TrainConfig()
+    stage_1: BackboneStageConfig = BackboneStageConfig()
+    stage_2: DynamicsStageConfig = DynamicsStageConfig()
+    stage_3: JudgmentStageConfig = JudgmentStageConfig()
+    stage_4: AssemblyStageConfig = AssemblyStageConfig()
+
+    @model_validator(mode="after")
+    def _tasks_differ(self) -> Config:
+        names = [task.name for task in self.tasks]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"tasks = {names}; allowed: at least one task, each name once")
+        return self
+
+
+def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Settings from a YAML file (None: the defaults) with ``section.key=value`` overrides, the later ones winning.
+
+    A value is read as YAML: ``stage_1.steps=100``, ``search.policy=gumbel``, ``model.world_model.read_layers=[0,2]``.
+    A task is named in the place of an index: ``tasks.path_star.arms=5``.
+
+    Raises:
+        ValueError: naming the file or override, the key, the value and what is allowed.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
+        try:
+            loaded = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"config file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(loaded, dict | None):
+            raise ValueError(f"config file {str(path)!r} holds a {type(loaded).__name__}; allowed: a mapping")
+        tree = loaded or {}
+    config = parse_config(tree, source=str(path) if path is not None else "defaults")
+    overrides = list(overrides)
+    if not overrides:
+        return config
+    tree = config.model_dump(mode="json")
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree, source=f"--set {' '.join(overrides)}")
+
+
+def parse_config(tree: dict[str, Any], source: str) -> Config:
+    """Settings from plain data; ``ValueError`` in one line per fault, each naming ``source``, key and value."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("; ".join(_describe(fault, source) for fault in error.errors())) from None
+
+
+def _describe(fault: Any, source: str) -> str:
+    path = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"{source}: unknown key {path!r}; allowed: {', '.join(_siblings(fault['loc']))}"
+    message = fault["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
+    return f"{source}: {path or 'config'}{shown}: {message}"
+
+
+def _siblings(location: tuple[Any, ...]) -> list[str]:
+    """Names allowed beside an unknown key."""
+    model: Any = Config
+    for part in location[:-1]:
+        if part in _TASKS:
+            model = _TASKS[part]
+        elif isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = model.model_fields[part].annotation
+    return sorted(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else ["(none)"]
+
+
+_TASKS: dict[Any, type[Settings]] = {"path_star": PathStarConfig, "tree_path": TreePathConfig, "gsm8k": Gsm8kConfig}
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets one ``section.key=value`` in plain data, in place.
+
+    Raises:
+        ValueError: the text has no ``=``, or the path does not lead to a key of the settings.
+    """
+    path, sign, text = override.partition("=")
+    if not sign or not path:
+        raise ValueError(f"--set {override!r}; allowed: section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+    *parents, key = path.split(".")
+    node: Any = tree
+    for depth, part in enumerate(parents):
+        if isinstance(node, list):
+            by_name = {item.get("name"): item for item in node if isinstance(item, dict)}
+            if part not in by_name:
+                raise ValueError(f"--set {override!r}: no task {part!r}; allowed: {', '.join(map(str, by_name))}")
+            node = by_name[part]
+        elif isinstance(node, dict) and part in node:
+            node = node[part]
+        else:
+            known = ", ".join(sorted(node)) if isinstance(node, dict) else "(none)"
+            raise ValueError(f"--set {override!r}: unknown key {'.'.join(parents[: depth + 1])!r}; allowed: {known}")
+    if not isinstance(node, dict):
+        raise ValueError(f"--set {override!r}: {'.'.join(parents)!r} has no keys")
+    node[key] = value
+
+
+def dump_config(config: BaseModel) -> str:
+    """The settings as YAML, complete, in declaration order."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -1,0 +1,118 @@
+"""The targeted delta buffer: plans wait here for the token that they were made for.
+
+A plan is keyed by (generation, target). Right before the token at position ``p`` is consumed, the generation takes what
+is due: plans for ``p`` and, if they arrived late, for up to ``max_lag`` positions before it. Every request ends with
+exactly one :class:`~crsm.types.Reason`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from crsm.config import BackboneConfig
+from crsm.types import Plan, Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """What a generation found when it asked."""
+
+    plan: Plan | None
+    """The plan to apply."""
+    late: int
+    """Tokens after its target."""
+    outcomes: tuple[tuple[Plan, Reason], ...]
+    """One per request that was settled, the applied one included."""
+
+
+class DeltaBuffer:
+    """Plans by generation and target."""
+
+    def __init__(self) -> None:
+        self._plans: defaultdict[str, dict[int, list[Plan]]] = defaultdict(dict)
+
+    def __len__(self) -> int:
+        return sum(len(plans) for targets in self._plans.values() for plans in targets.values())
+
+    def put(self, plan: Plan) -> None:
+        self._plans[plan.generation_id].setdefault(plan.target, []).append(plan)
+
+    def take(self, generation_id: str, position: int, tokens: Sequence[int], first: int, max_lag: int) -> Due:
+        """Takes everything due before the token at ``position`` is consumed.
+
+        Args:
+            generation_id: whose plans.
+            position: the token about to be consumed.
+            tokens: generated tokens, the one at ``position`` last.
+            first: position of ``tokens[0]``.
+            max_lag: how late a plan may be.
+        """
+        waiting = self._plans.get(generation_id, {})
+        outcomes: list[tuple[Plan, Reason]] = []
+        usable: list[Plan] = []
+        for target in sorted(target for target in waiting if target <= position):
+            by_request: dict[int, list[Plan]] = defaultdict(list)
+            for plan in waiting.pop(target):
+                by_request[plan.request_id].append(plan)
+            for futures in by_request.values():
+                matching = [plan for plan in futures if matches(plan, tokens, first, position)]
+                if position - target > max_lag:
+                    outcomes.append((futures[0], Reason.STALE))
+                elif not matching:
+                    outcomes.append((futures[0], Reason.MISMATCH))
+                else:
+                    usable.append(matching[0])
+        chosen = next((plan for plan in reversed(usable) if plan.confidence_L.any()), None)
+        for plan in usable:
+            if plan is chosen:
+                outcomes.append((plan, Reason.LATE if plan.target < position else Reason.ON_TIME))
+            else:
+                outcomes.append((plan, Reason.SUPERSEDED if plan.confidence_L.any() else Reason.SHUT))
+        return Due(chosen, position - chosen.target if chosen else 0, tuple(outcomes))
+
+    def end(self, generation_id: str) -> list[Plan]:
+        """Forgets a generation; returns the plans that were waiting for it."""
+        return [plan for plans in self._plans.pop(generation_id, {}).values() for plan in plans]
+
+
+def matches(plan: Plan, tokens: Sequence[int], first: int, position: int) -> bool:
+    """Whether the text up to and with ``position`` is what the plan assumed and, past its target, what it planned."""
+    expected = (*plan.assumed, *plan.line)
+    start = plan.position + 1 - first
+    said = tokens[start : position + 1 - first]
+    # Past its line a plan has nothing more to say.
+    return len(said) < len(plan.assumed) + max(1, len(plan.line)) and tuple(said) == expected[: len(said)]
+
+
+def check_plan(plan: Plan, sizes: BackboneConfig, rank: int) -> str | None:
+    """What is wrong with a plan's form, in words; None: nothing.
+
+    A plan comes from another process: it is checked before it may touch a state.
+    """
+    layers = sizes.n_layer
+    want = {
+        "confidence_L": (layers,),
+        "value_root_L": (layers,),
+        "value_plan_L": (layers,),
+        "write_u_LRE": (layers, rank, sizes.d_inner),
+        "write_b_LRN": (layers, rank, sizes.d_state),
+        "policy_probs_A": plan.policy_tokens_A.shape,
+    }
+    for name, shape in want.items():
+        array = getattr(plan, name)
+        if not isinstance(array, np.ndarray) or array.shape != shape:
+            return f"{name} has shape {getattr(array, 'shape', None)}; allowed: {shape}"
+        if not np.isfinite(array).all():
+            return f"{name} holds NaN or infinity"
+    if ((plan.confidence_L < 0) | (plan.confidence_L > 1)).any():
+        return f"confidence_L = {plan.confidence_L.tolist()}; allowed: [0, 1]"
+    tokens = (*plan.assumed, *plan.line, *plan.policy_tokens_A.tolist())
+    if not all(0 <= token < sizes.vocab_size for token in tokens):
+        return f"a token lies outside the vocabulary of {sizes.vocab_size}"
+    if len(plan.assumed) != plan.target - plan.position:
+        return f"{len(plan.assumed)} assumed tokens for a lag of {plan.target - plan.position}"
+    return None

@@ -1,0 +1,167 @@
+"""System 1 against System 2 with all controls, on the same problems, seeds and virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from crsm.config import Channel, DeliberationConfig, EngineConfig, SamplingConfig, SearchConfig
+from crsm.data.sequences import encode_answer
+from crsm.evaluation.controls import (
+    AlteredPlanners,
+    OraclePlanners,
+    other_problem,
+    random_write,
+    silent_tokens,
+    time_shifted,
+)
+from crsm.evaluation.solving import Run, solve
+from crsm.evaluation.statistics import bootstrap_difference, mcnemar, wilson_interval
+from crsm.latent_dynamics import LatentDynamics
+from crsm.model import Checkpoint
+from crsm.planners import InlinePlanners, Planners
+from crsm.reasoning import Deliberator
+from crsm.tasks.base import Problem, Task
+
+TIME_SHIFT = 2
+"""Positions by which the plans of the control ``time_shifted`` are late."""
+
+CONTROLS = (
+    "gate_zero",
+    "random_write",
+    "other_problem",
+    "time_shifted",
+    "oracle",
+    "silent_tokens",
+    "untrained_planner",
+)
+
+
+def compare(
+    checkpoint: Checkpoint,
+    task: Task,
+    problems: Sequence[Problem],
+    *,
+    deliberation: DeliberationConfig,
+    search: SearchConfig,
+    sampling: SamplingConfig,
+    seed: int,
+    make_planners: Callable[[], Planners] | None = None,
+    controls: Sequence[str] = CONTROLS,
+    on_progress: Callable[[str, float], None] = lambda name, accuracy: None,
+) -> dict[str, Any]:
+    """The figures of ``jobs.benchmark_reasoning``.
+
+    Args:
+        checkpoint: the model.
+        task: judges the answers.
+        problems: the same for every system and control.
+        deliberation: lag, rate, channel.
+        search: settings of the planners' search.
+        sampling: of the tokens.
+        seed: of the controls' randomness.
+        make_planners: who plans for System 2 (threads, actors); None: inline. The controls always plan inline.
+        controls: which controls to run.
+        on_progress: told every system's accuracy.
+
+    Returns:
+        ``system1``, ``system2`` (accuracy, 95 % interval), ``mcnemar_p``, ``difference``, ``plan_hit_rate``,
+        ``outcomes``, ``tokens_per_second``, ``controls``.
+    """
+    clock = EngineConfig(clock="virtual", max_batch=checkpoint.config.engine.max_batch)
+
+    def run(planners: Planners | None, settings: DeliberationConfig = deliberation) -> Run:
+        try:
+            return solve(
+                checkpoint,
+                task,
+                problems,
+                planners=planners,
+                deliberation=settings,
+                sampling=sampling,
+                simulations=search.simulations,
+                engine=clock,
+            )
+        finally:
+            if planners is not None:
+                planners.close()
+
+    def inline(**options: Any) -> InlinePlanners:
+        deliberator = Deliberator.from_checkpoint(
+            checkpoint, search=search, plan_length=deliberation.plan_length, **options
+        )
+        return InlinePlanners(deliberator, checkpoint.config.planners.max_batch)
+
+    def control(name: str) -> Run:
+        if name == "gate_zero":
+            return run(inline(forced_confidence=0.0))
+        if name == "random_write":
+            return run(AlteredPlanners(inline(), random_write(seed)))
+        if name == "other_problem":
+            return run(AlteredPlanners(inline(), other_problem))
+        if name == "time_shifted":
+            return run(AlteredPlanners(inline(), time_shifted(TIME_SHIFT)))
+        if name == "silent_tokens":
+            said = deliberation.model_copy(update={"channel": Channel.POLICY})
+            return run(AlteredPlanners(inline(), silent_tokens), said)
+        if name == "untrained_planner":
+            return run(inline(world_model=untrained_world_model(checkpoint, seed)))
+        if name == "oracle":
+            return run(_oracle(checkpoint, problems, deliberation))
+        raise ValueError(f"control {name!r}; allowed: {', '.join(CONTROLS)}")
+
+    system1 = run(None)
+    on_progress("system1", system1.accuracy)
+    system2 = run(make_planners() if make_planners else inline())
+    on_progress("system2", system2.accuracy)
+    results: dict[str, Any] = {
+        "task": task.name,
+        "problems": len(problems),
+        "lag": deliberation.lag,
+        "system1": _accuracy(system1),
+        "system2": _accuracy(system2),
+        "difference": {
+            "accuracy": system2.accuracy - system1.accuracy,
+            "interval": bootstrap_difference(system2.correct_M, system1.correct_M),
+        },
+        "mcnemar_p": mcnemar(system1.correct_M, system2.correct_M),
+        "plan_hit_rate": system2.metrics.plan_hit_rate,
+        "plans": system2.metrics.summary(),
+        "tokens_per_second": {"system1": system1.tokens_per_second, "system2": system2.tokens_per_second},
+        "controls": {},
+    }
+    for name in controls:
+        outcome = control(name)
+        on_progress(name, outcome.accuracy)
+        results["controls"][name] = _accuracy(outcome) | {"injections": outcome.metrics.injections}
+        if name == "gate_zero":
+            results["controls"][name]["identical"] = _identical(system1, outcome)
+    return results
+
+
+def untrained_world_model(checkpoint: Checkpoint, seed: int) -> LatentDynamics:
+    """A world model with random weights, in the place of the trained one; gates and critics stay as they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LatentDynamics(checkpoint.config.model, checkpoint.model.backbone.embedding).eval()
+
+
+def _oracle(checkpoint: Checkpoint, problems: Sequence[Problem], settings: DeliberationConfig) -> OraclePlanners:
+    tokenizer = checkpoint.tokenizer
+    solutions = {}
+    for index, problem in enumerate(problems):
+        answer = (*encode_answer(problem.solution, tokenizer), tokenizer.verdict_id(True))
+        solutions[f"problem-{index}"] = (len(tokenizer.encode(problem.prompt)), answer)
+    return OraclePlanners(checkpoint.model, solutions, settings.plan_length)
+
+
+def _accuracy(run: Run) -> dict[str, Any]:
+    right = int(run.correct_M.sum())
+    return {"accuracy": run.accuracy, "interval": wilson_interval(right, len(run.answers))}
+
+
+def _identical(a: Run, b: Run) -> bool:
+    """Same tokens with the same log-probabilities, bit for bit."""
+    return all(x.tokens == y.tokens and x.logprobs == y.logprobs for x, y in zip(a.answers, b.answers, strict=True))

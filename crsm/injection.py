@@ -1,0 +1,73 @@
+"""Gated injection: how a plan enters System 1's recurrent state, and how it leaves again.
+
+    target = clip(h + Σ_r u_r ⊗ b_r  to the ball ‖·‖ ≤ ‖h‖, per head)        h ← h + α · (target − h)
+
+``h`` and ``target`` lie in the ball, and a ball is convex: no number of injections makes a head's norm grow. α = 0
+leaves the very same bits.
+
+What was written is remembered as the difference it made. One plan is in force at a time: before a newer one is
+written, and when it is spent, the difference, carried to now by the product of the state's own decays, is withdrawn.
+In Mamba-2 the decay is one scalar per head and step, so this transport is exact within the layer.
+
+Letters: B batch, H heads, P head dimension, N d_state, R rank, L layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+LARGEST_WRITE = 1e15
+"""Entries of a write beyond this are cut: squares of larger ones would overflow in the norms."""
+
+
+def outer_write(u_BRE: Tensor, b_BRN: Tensor, n_heads: int) -> Tensor:
+    """``Σ_r u_r ⊗ b_r`` as a state: (B, R, H·P) and (B, R, N) to (B, H, P, N)."""
+    return (u_BRE.transpose(1, 2) @ b_BRN).unflatten(1, (n_heads, -1))
+
+
+def clip_to_norm(x_BHPN: Tensor, limit_BH: Tensor) -> Tensor:
+    """Scales every head down to at most its limit; heads within it keep their bits."""
+    norm_BH = head_norms(x_BHPN)
+    # A hair inside the ball, so that rounding cannot add up to growth over thousands of injections.
+    inside_BH = limit_BH * (1 - 2**-20) / norm_BH.clamp_min(1e-30)
+    scale_BH = torch.where(norm_BH > limit_BH, inside_BH, torch.ones_like(norm_BH))
+    return x_BHPN * scale_BH[..., None, None]
+
+
+def head_norms(x_BHPN: Tensor) -> Tensor:
+    """Frobenius norm of every head, (B, H)."""
+    return x_BHPN.flatten(2).norm(dim=2)
+
+
+def inject(ssm_BHPN: Tensor, write_BHPN: Tensor, alpha_B: Tensor) -> Tensor:
+    """Blends a write into one layer's states.
+
+    Args:
+        ssm_BHPN: the states.
+        write_BHPN: what to add before clipping.
+        alpha_B: gate of every row, in [0, 1].
+
+    Returns:
+        The new states; a row with α = 0 is bit-identical.
+    """
+    limit_BH = head_norms(ssm_BHPN)
+    target_BHPN = clip_to_norm(ssm_BHPN + write_BHPN.clamp(-LARGEST_WRITE, LARGEST_WRITE), limit_BH)
+    alpha = alpha_B[:, None, None, None]
+    blended_BHPN = clip_to_norm(ssm_BHPN + alpha * (target_BHPN - ssm_BHPN), limit_BH)
+    return torch.where(alpha > 0, blended_BHPN, ssm_BHPN)
+
+
+def withdraw(ssm_BHPN: Tensor, delta_BHPN: Tensor) -> Tensor:
+    """Takes a former write, already carried to now, out of one layer's states; no head's norm grows.
+
+    A row whose delta is all zero is bit-identical.
+    """
+    taken_BHPN = clip_to_norm(ssm_BHPN - delta_BHPN, head_norms(ssm_BHPN))
+    return torch.where((delta_BHPN != 0).flatten(1).any(dim=1)[:, None, None, None], taken_BHPN, ssm_BHPN)
+
+
+def carry(delta_BHPN: Tensor, decay_BH: Tensor) -> Tensor:
+    """Carries a difference of states over one consumed token, or several (``decay`` their product)."""
+    return delta_BHPN * decay_BH[..., None, None]

@@ -1,0 +1,226 @@
+"""System 1: the Mamba-2 backbone, with the parameter names and initialisation of ``mamba-ssm`` (arXiv 2405.21060).
+
+``backbone.layers.N.mixer.in_proj.weight``, ``A_log``, ``dt_bias``, ``D``, … are those of the public checkpoints. The
+recurrent state is a value: :meth:`Backbone.forward` and :meth:`Backbone.step` take one and return a new one. ``step``
+equals ``forward``, position by position.
+
+Letters: B batch, T time, L layers, D d_model, H heads, P head dimension, N d_state, C convolution channels
+(H·P + 2·N), K convolution width, E = H·P inner width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crsm.config import BackboneConfig
+from crsm.kernels import Kernels, select_kernels
+from crsm.types import LayerState, ModelState
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, computed in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(_at_least_fp32(x), self.weight.shape, _at_least_fp32(self.weight), self.eps).to(x.dtype)
+
+
+class GatedRMSNorm(RMSNorm):
+    """RMSNorm of ``x · silu(z)``: the norm before Mamba-2's output projection."""
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        if z is None:
+            raise ValueError("z = None; allowed: the gate, of the shape of x")
+        return super().forward(x * F.silu(z))
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class Mixer(nn.Module):
+    """One Mamba-2 mixer: projection, short convolution, state-space recurrence, gate, projection."""
+
+    def __init__(self, config: BackboneConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        inner, heads, channels = config.d_inner, config.n_heads, config.conv_channels
+        # Order of the projection: [z, x, B, C, dt]; x, B and C pass through the convolution together.
+        self.in_proj = nn.Linear(config.d_model, inner + channels + heads, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
+        # dt starts log-uniform in [0.001, 0.1]; dt_bias is its inverse softplus.
+        dt_H = torch.exp(torch.rand(heads) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(dt_H + torch.log(-torch.expm1(-dt_H)))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        for parameter in (self.dt_bias, self.A_log, self.D):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        self.norm = GatedRMSNorm(inner, config.norm_eps)
+        self.out_proj = nn.Linear(inner, config.d_model, bias=False)
+
+    def forward(self, x_BTD: Tensor, state: LayerState, segment_BT: Tensor | None) -> tuple[Tensor, LayerState]:
+        z_BTE, xBC_BTC, dt_BTH = self._project(x_BTD)
+        xBC_BTC, conv_BCK = self.kernels.causal_conv(
+            xBC_BTC, self.conv1d.weight.squeeze(1), self._conv_bias, state.conv_BCK, segment_BT
+        )
+        x_BTHP, B_BTN, C_BTN = self._split(F.silu(xBC_BTC))
+        y_BTHP, ssm_BHPN = self.kernels.chunk_scan(
+            x_BTHP, self._step_size(dt_BTH), self._A, B_BTN, C_BTN, state.ssm_BHPN, self.config.chunk_size, segment_BT
+        )
+        y_BTE = (y_BTHP + self.D[:, None] * x_BTHP).flatten(2).to(x_BTD.dtype)
+        return self.out_proj(self.norm(y_BTE, z_BTE)), LayerState(conv_BCK, ssm_BHPN)
+
+    def step(self, x_BD: Tensor, state: LayerState) -> tuple[Tensor, LayerState, Tensor]:
+        z_BE, xBC_BC, dt_BH = self._project(x_BD)
+        xBC_BC, conv_BCK = self.kernels.causal_conv_step(
+            xBC_BC, self.conv1d.weight.squeeze(1), self._conv_bias, state.conv_BCK
+        )
+        x_BHP, B_BN, C_BN = self._split(F.silu(xBC_BC))
+        y_BHP, ssm_BHPN, decay_BH = self.kernels.state_step(
+            x_BHP, self._step_size(dt_BH), self._A, B_BN, C_BN, state.ssm_BHPN
+        )
+        y_BE = (y_BHP + self.D[:, None] * x_BHP).flatten(1).to(x_BD.dtype)
+        return self.out_proj(self.norm(y_BE, z_BE)), LayerState(conv_BCK, ssm_BHPN), decay_BH
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        z, xBC, dt = self.in_proj(x).split([config.d_inner, config.conv_channels, config.n_heads], dim=-1)
+        return z, xBC, dt
+
+    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        x, B, C = _at_least_fp32(xBC).split([config.d_inner, config.d_state, config.d_state], dim=-1)
+        return x.unflatten(-1, (config.n_heads, config.headdim)), B, C
+
+    def _step_size(self, dt: Tensor) -> Tensor:
+        return F.softplus(_at_least_fp32(dt) + _at_least_fp32(self.dt_bias))
+
+    @property
+    def _A(self) -> Tensor:
+        return -_at_least_fp32(self.A_log).exp()
+
+    @property
+    def _conv_bias(self) -> Tensor:
+        assert self.conv1d.bias is not None
+        return self.conv1d.bias
+
+
+class Layer(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: BackboneConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = Mixer(config, kernels)
+
+    def forward(self, x_BTD: Tensor, state: LayerState, segment_BT: Tensor | None) -> tuple[Tensor, LayerState]:
+        y_BTD, state = self.mixer(self.norm(x_BTD), state, segment_BT)
+        return x_BTD + y_BTD, state
+
+    def step(self, x_BD: Tensor, state: LayerState) -> tuple[Tensor, LayerState, Tensor]:
+        y_BD, state, decay_BH = self.mixer.step(self.norm(x_BD), state)
+        return x_BD + y_BD, state, decay_BH
+
+
+class StepOutput(NamedTuple):
+    hidden_BLD: Tensor
+    """Residual stream after every layer."""
+    state: ModelState
+    decay_LBH: tuple[Tensor, ...]
+    """Per layer, this token's state decay per head (B, H): what carries a write to the next position."""
+
+
+class Backbone(nn.Module):
+    """Embedding, L residual Mamba-2 layers, final norm. Returns the residual stream after every layer, not logits."""
+
+    def __init__(self, config: BackboneConfig, kernels: Kernels | None = None) -> None:
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError(f"backbone.vocab_size = {config.vocab_size}; allowed: at least 1")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Layer(config, kernels or select_kernels()) for _ in range(config.n_layer))
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        for layer in self._blocks:
+            # GPT-2's residual scaling, as mamba-ssm does it: one residual branch a layer.
+            with torch.no_grad():
+                layer.mixer.out_proj.weight /= math.sqrt(config.n_layer)
+
+    @property
+    def _blocks(self) -> list[Layer]:
+        return cast(list[Layer], list(self.layers))
+
+    def initial_state(self, batch_size: int) -> ModelState:
+        """The state before the first token: zeros."""
+        config, weight = self.config, self.embedding.weight
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        conv_BCK = weight.new_zeros(batch_size, config.conv_channels, config.d_conv - 1)
+        ssm_BHPN = weight.new_zeros(batch_size, config.n_heads, config.headdim, config.d_state, dtype=wide)
+        return ModelState(tuple(LayerState(conv_BCK, ssm_BHPN) for _ in range(config.n_layer)))
+
+    def forward(
+        self, tokens_BT: Tensor, state: ModelState | None = None, segment_BT: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Consumes a piece of text.
+
+        Args:
+            tokens_BT: token ids, T ≥ 1.
+            state: where to go on from; None: the beginning.
+            segment_BT: document of each token, for packed rows; the state is reset where it changes.
+
+        Returns:
+            Residual stream after every layer (B, T, L, D), and the state after the last token.
+
+        Raises:
+            ValueError: tokens are not (B, T) with T ≥ 1, or the state is of another batch or model.
+        """
+        if tokens_BT.ndim != 2 or tokens_BT.shape[1] < 1:
+            raise ValueError(f"tokens_BT has shape {tuple(tokens_BT.shape)}; allowed: (B, T) with T ≥ 1")
+        state = self._checked(state, tokens_BT.shape[0])
+        x_BTD = self.embedding(tokens_BT)
+        hidden, layers = [], []
+        for layer, layer_state in zip(self._blocks, state.layers, strict=True):
+            x_BTD, new_state = layer(x_BTD, layer_state, segment_BT)
+            hidden.append(x_BTD)
+            layers.append(new_state)
+        return torch.stack(hidden, dim=2), ModelState(tuple(layers))
+
+    def step(self, token_B: Tensor, state: ModelState) -> StepOutput:
+        """Consumes one token per sequence.
+
+        Raises:
+            ValueError: ``token_B`` is not (B,), or the state is of another batch or model.
+        """
+        if token_B.ndim != 1:
+            raise ValueError(f"token_B has shape {tuple(token_B.shape)}; allowed: (B,)")
+        state = self._checked(state, token_B.shape[0])
+        x_BD = self.embedding(token_B)
+        hidden, layers, decays = [], [], []
+        for layer, layer_state in zip(self._blocks, state.layers, strict=True):
+            x_BD, new_state, decay_BH = layer.step(x_BD, layer_state)
+            hidden.append(x_BD)
+            layers.append(new_state)
+            decays.append(decay_BH)
+        return StepOutput(torch.stack(hidden, dim=1), ModelState(tuple(layers)), tuple(decays))
+
+    def _checked(self, state: ModelState | None, batch_size: int) -> ModelState:
+        if state is None:
+            return self.initial_state(batch_size)
+        config = self.config
+        want = (batch_size, config.n_heads, config.headdim, config.d_state)
+        if len(state.layers) != config.n_layer or tuple(state.layers[0].ssm_BHPN.shape) != want:
+            raise ValueError(
+                f"state has {len(state.layers)} layers of {tuple(state.layers[0].ssm_BHPN.shape)}; "
+                f"allowed: {config.n_layer} layers of (B, H, P, N) = {want}"
+            )
+        return state

@@ -1,0 +1,56 @@
+"""Counters of what became of the plans."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from crsm.types import Injection, Plan, Reason
+
+
+@dataclass(slots=True)
+class PlanMetrics:
+    """What an operator wants to know: how many requests, what became of them, what was written where."""
+
+    requests: int = 0
+    tokens: int = 0
+    outcomes: Counter[Reason] = field(default_factory=Counter)
+    injections: int = 0
+    injections_per_layer: Counter[int] = field(default_factory=Counter)
+    simulations: int = 0
+    planner_seconds: float = 0.0
+    request_bytes: int = 0
+    plan_bytes: int = 0
+
+    def plan_arrived(self, plan: Plan) -> None:
+        self.simulations += plan.simulations
+        self.planner_seconds += plan.seconds
+        self.plan_bytes += plan.num_bytes
+
+    def applied(self, injection: Injection) -> None:
+        self.injections += 1
+        for layer, alpha in enumerate(injection.alpha_L):
+            if alpha > 0:
+                self.injections_per_layer[layer] += 1
+
+    @property
+    def plan_hit_rate(self) -> float:
+        """Share of the requests whose plan was usable at its target. Plans for a text that had ended do not count."""
+        settled = sum(self.outcomes.values()) - self.outcomes[Reason.ENDED]
+        hits = sum(count for reason, count in self.outcomes.items() if reason.is_hit)
+        return hits / settled if settled else 0.0
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "requests": self.requests,
+            "tokens": self.tokens,
+            "plan_hit_rate": self.plan_hit_rate,
+            "outcomes": {reason.value: self.outcomes[reason] for reason in Reason if self.outcomes[reason]},
+            "injections": self.injections,
+            "injections_per_layer": {str(layer): n for layer, n in sorted(self.injections_per_layer.items())},
+            "simulations": self.simulations,
+            "planner_seconds": self.planner_seconds,
+            "request_bytes": self.request_bytes,
+            "plan_bytes": self.plan_bytes,
+        }

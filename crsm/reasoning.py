@@ -1,0 +1,355 @@
+"""One deliberation: project forward, search, write.
+
+From the snapshot of one position a planner (1) rolls its world model over the known token and then over its own
+predictions up to the target, recording what it assumes; (2) searches from there; (3) turns the principal variation
+into a plan: a low-rank write for every layer with its gate, values, and the root's visit distribution.
+
+Letters: B requests, F = B · hypotheses projected futures (the trees), L layers, A actions, S node slots.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crsm.config import SearchConfig
+from crsm.latent_dynamics import Latent, Snapshot, WorldModel
+from crsm.model import CRSM, Checkpoint
+from crsm.search import Evaluation, SearchSummary, Tree, export_tree, search, summarize
+from crsm.types import Plan, PlanRequest
+
+
+class Future(NamedTuple):
+    """Projected futures of a batch, F = B · hypotheses, the futures of a request neighbouring."""
+
+    latent: Latent
+    hidden_FLD: Tensor
+    """Imagined residual stream at the target."""
+    snapshot: Snapshot
+    assumed_FT: Tensor
+    """Assumed tokens between request and target (F, lag)."""
+
+
+class NetworkEvaluator:
+    """The search's view of world model, fused policy head and critics, over F trees.
+
+    Latents are kept per (tree, node slot) in preallocated tensors: ``slots`` × the size of a latent, per tree.
+
+    A terminal token (a verdict, the end of the text) takes over the value of the position it ends: it claims an outcome
+    and does not change it, and a search must not raise its value by claiming.
+    """
+
+    def __init__(
+        self,
+        model: CRSM,
+        world_model: WorldModel,
+        future: Future,
+        num_actions: int,
+        slots: int,
+        terminal_tokens: Iterable[int],
+    ) -> None:
+        self._model, self._world_model, self._future = model, world_model, future
+        self._terminal = torch.tensor(sorted(terminal_tokens))
+        self._values = future.hidden_FLD.new_empty(len(future.hidden_FLD), slots, future.hidden_FLD.shape[1])
+        self._num_actions = min(num_actions, model.lm_head.weight.shape[0])
+        self._rows = torch.arange(len(future.hidden_FLD))
+        self._store = tuple(part.new_empty(part.shape[0], slots, *part.shape[1:]) for part in future.latent)
+
+    @property
+    def num_trees(self) -> int:
+        return len(self._rows)
+
+    @property
+    def num_actions(self) -> int:
+        return self._num_actions
+
+    @property
+    def num_layers(self) -> int:
+        return int(self._future.hidden_FLD.shape[1])
+
+    def root(self) -> Evaluation:
+        for store, part in zip(self._store, self._future.latent, strict=True):
+            store[:, Tree.ROOT] = part
+        self._values[:, Tree.ROOT] = self._model.critic(self._future.hidden_FLD)
+        return self._evaluation(self._future.hidden_FLD, self._values[:, Tree.ROOT])
+
+    def expand(
+        self, parent_B: np.ndarray, action_B: np.ndarray, node_B: np.ndarray, active_B: np.ndarray
+    ) -> Evaluation:
+        parent_F, action_F = torch.from_numpy(parent_B), torch.from_numpy(action_B)
+        latent = tuple(store[self._rows, parent_F] for store in self._store)
+        latent, hidden_FLD = self._world_model.advance(latent, self._future.snapshot, action_F)
+        ends_F1 = torch.isin(action_F, self._terminal)[:, None]
+        values_FL = torch.where(ends_F1, self._values[self._rows, parent_F], self._model.critic(hidden_FLD))
+        active_F = torch.from_numpy(active_B)
+        rows, node_F = self._rows[active_F], torch.from_numpy(node_B)[active_F]
+        for store, part in zip((*self._store, self._values), (*latent, values_FL), strict=True):
+            store[rows, node_F] = part[active_F]
+        return self._evaluation(hidden_FLD, values_FL)
+
+    def _evaluation(self, hidden_FLD: Tensor, values_FL: Tensor) -> Evaluation:
+        best = self._model.logits(hidden_FLD).log_softmax(dim=-1).topk(self._num_actions, dim=-1)
+        return Evaluation(best.indices.numpy(), best.values.numpy(), values_FL.numpy().copy())
+
+
+class Deliberator:
+    """Answers plan requests, a batch at a time. Holds weights and settings, and no state between calls."""
+
+    def __init__(
+        self,
+        model: CRSM,
+        config: SearchConfig,
+        *,
+        plan_length: int,
+        terminal_tokens: Iterable[int],
+        trust_horizon: int | None = None,
+        model_version: int = 0,
+        forced_confidence: float | None = None,
+        world_model: WorldModel | None = None,
+        keep_tree: bool = False,
+        planner_id: str = "",
+    ) -> None:
+        """
+        Args:
+            model: System 1 and 2; used without gradients.
+            config: settings of the search.
+            plan_length: tokens of the principal variation that are written.
+            terminal_tokens: tokens that end an answer.
+            trust_horizon: imagined steps that the world model is good for; None: no cap.
+            model_version: version of the weights, copied into the plans.
+            forced_confidence: gate of every layer whatever the calibration says (ablations, roll-outs).
+            world_model: None: the one that the model's settings name.
+            keep_tree: put the search tree into the plans as plain data.
+            planner_id: who plans, copied into the plans.
+        """
+        self.model, self.config = model, config
+        self.plan_length, self.trust_horizon, self.model_version = plan_length, trust_horizon, model_version
+        self.terminal_tokens = frozenset(terminal_tokens)
+        self.forced_confidence, self.keep_tree, self.planner_id = forced_confidence, keep_tree, planner_id
+        self.world_model = world_model or model.planning_model()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        search: SearchConfig | None = None,
+        plan_length: int | None = None,
+        forced_confidence: float | None = None,
+        world_model: WorldModel | None = None,
+        keep_tree: bool = False,
+        planner_id: str = "",
+    ) -> Deliberator:
+        """The deliberator that a checkpoint describes, with other settings where they are given."""
+        return cls(
+            checkpoint.model,
+            search or checkpoint.config.search,
+            plan_length=plan_length or checkpoint.config.deliberation.plan_length,
+            terminal_tokens=checkpoint.tokenizer.terminal_ids,
+            trust_horizon=checkpoint.trust_horizon,
+            model_version=checkpoint.model_version,
+            forced_confidence=forced_confidence,
+            world_model=world_model,
+            keep_tree=keep_tree,
+            planner_id=planner_id,
+        )
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        requests: Sequence[PlanRequest],
+        clock: Callable[[], float] = time.monotonic,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Plan]:
+        """Deliberates on a batch; ``hypotheses`` plans per request, in the order of the requests.
+
+        Raises:
+            ValueError: a request's arrays do not have the shapes of this model, or hold NaN or infinity; the message
+                names the request.
+        """
+        for request in requests:
+            self._check(request)
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            alike[request.target - request.position, request.hypotheses].append(index)
+        plans: dict[int, list[Plan]] = {}
+        for (lag, hypotheses), indices in alike.items():
+            group = [requests[index] for index in indices]
+            for index, made in zip(indices, self._plan(group, lag, hypotheses, clock, should_stop), strict=True):
+                plans[index] = made
+        return [plan for index in range(len(requests)) for plan in plans[index]]
+
+    def _plan(
+        self,
+        requests: list[PlanRequest],
+        lag: int,
+        hypotheses: int,
+        clock: Callable[[], float],
+        should_stop: Callable[[], bool] | None,
+    ) -> list[list[Plan]]:
+        started = clock()
+        known_B = torch.tensor([request.token for request in requests])
+        future = project(self.model, self.world_model, stack_snapshots(requests), known_B, lag, hypotheses)
+        futures = len(future.hidden_FLD) // len(requests)
+        budget_F = np.repeat([request.simulations for request in requests], futures)
+        evaluator = NetworkEvaluator(
+            self.model,
+            self.world_model,
+            future,
+            self.config.num_actions,
+            int(budget_F.max()) + 1,
+            self.terminal_tokens,
+        )
+        deadlines = [request.deadline for request in requests if request.deadline is not None]
+        tree = search(
+            evaluator,
+            self.config,
+            consensus_weights_L=self.model.critic.consensus_weights_L.numpy(),
+            uncertainty_penalty=self.model.critic.uncertainty_penalty,
+            terminal_tokens=sorted(self.terminal_tokens),
+            max_depth=self._depth(lag),
+            seed=np.repeat([request.seed for request in requests], futures),
+            simulations=budget_F,
+            deadline=min(deadlines, default=None),
+            clock=clock,
+            should_stop=should_stop,
+        )
+        summary = summarize(tree, max_length=min(self.plan_length, tree.max_depth))
+        plans = self._write(requests, future, futures, summary, tree, clock() - started)
+        return [plans[start : start + futures] for start in range(0, len(plans), futures)]
+
+    def _depth(self, lag: int) -> int:
+        """Depth of the search: what is left of the trust horizon after the projection, at least one token."""
+        if self.trust_horizon is None:
+            return self.config.max_depth
+        return max(1, min(self.config.max_depth, self.trust_horizon - 1 - lag))
+
+    def _write(
+        self,
+        requests: list[PlanRequest],
+        future: Future,
+        futures: int,
+        summary: SearchSummary,
+        tree: Tree,
+        seconds: float,
+    ) -> list[Plan]:
+        length_F = summary.line_lengths_B
+        rows = np.arange(len(length_F))
+        root_FL = torch.from_numpy(summary.root_raw_values_BL)
+        last_FL = torch.from_numpy(summary.line_values_BDL[rows, np.maximum(length_F, 1) - 1])
+        critic = self.model.critic
+        uncertainty_F = last_FL.std(dim=1, correction=0)
+        gain_F = critic.consensus(last_FL) - critic.consensus(root_FL)
+        confidence_FL = self.model.gate(last_FL - root_FL, uncertainty_F, gain_F, critic.uncertainty_penalty)
+        if self.forced_confidence is not None:
+            confidence_FL = torch.full_like(confidence_FL, self.forced_confidence)
+        ended_F = torch.isin(future.assumed_FT, torch.tensor(sorted(self.terminal_tokens))).any(dim=1)
+        ended_F |= torch.tensor([request.token in self.terminal_tokens for request in requests]).repeat_interleave(
+            futures
+        )
+        # Nothing can follow the end of an answer, and an empty line says nothing.
+        confidence_FL[ended_F | torch.from_numpy(length_F == 0)] = 0.0
+        write = self.model.writer(
+            torch.from_numpy(summary.line_tokens_BD).clamp_min(0), torch.from_numpy(np.maximum(length_F, 1))
+        )
+        return [
+            Plan(
+                request_id=request.request_id,
+                generation_id=request.generation_id,
+                position=request.position,
+                target=request.target,
+                assumed=tuple(future.assumed_FT[row].tolist()),
+                line=tuple(summary.line_tokens_BD[row, : length_F[row]].tolist()),
+                value_root_L=root_FL[row].numpy().copy(),
+                value_plan_L=last_FL[row].numpy().copy(),
+                uncertainty=float(uncertainty_F[row]),
+                confidence_L=confidence_FL[row].numpy().copy(),
+                write_u_LRE=write.u_BLRE[row].numpy().copy(),
+                write_b_LRN=write.b_BLRN[row].numpy().copy(),
+                policy_tokens_A=summary.root_tokens_BA[row].copy(),
+                policy_probs_A=summary.root_probs_BA[row].copy(),
+                simulations=int(summary.num_simulations_B[row]),
+                seconds=seconds,
+                planner_id=self.planner_id,
+                model_version=self.model_version,
+                tree=export_tree(tree, row) if self.keep_tree else None,
+            )
+            for row, request in ((row, requests[row // futures]) for row in range(len(length_F)))
+        ]
+
+    def _check(self, request: PlanRequest) -> None:
+        sizes = self.model.config.model.backbone
+        state = (sizes.n_heads, sizes.headdim, sizes.d_state)
+        want: dict[str, tuple[int, ...]] = {
+            "hidden_LD": (sizes.n_layer, sizes.d_model),
+            "ssm_LHPN": (len(self.world_model.read_layers), *state),
+        }
+        if self.world_model.needs_conv:
+            want["conv_LCK"] = (sizes.n_layer, sizes.conv_channels, sizes.d_conv - 1)
+        for name, shape in want.items():
+            array = getattr(request, name)
+            found = None if array is None else array.shape
+            if found != shape:
+                raise ValueError(f"request {request.request_id}: {name} has shape {found}; allowed: {shape}")
+            if not np.isfinite(array).all():
+                raise ValueError(f"request {request.request_id}: {name} holds NaN or infinity; allowed: finite numbers")
+        if not 0 <= request.token < sizes.vocab_size:
+            raise ValueError(
+                f"request {request.request_id}: token = {request.token}; allowed: 0 to {sizes.vocab_size - 1}"
+            )
+        if request.target < request.position or request.hypotheses < 1 or request.simulations < 1:
+            raise ValueError(
+                f"request {request.request_id}: position = {request.position}, target = {request.target}, hypotheses = "
+                f"{request.hypotheses}, simulations = {request.simulations}; allowed: target ≥ position, the others ≥ 1"
+            )
+
+
+def stack_snapshots(requests: Sequence[PlanRequest]) -> Snapshot:
+    """The snapshots of a batch of requests as tensors; copies, since messages are read-only."""
+    convs = [request.conv_LCK for request in requests if request.conv_LCK is not None]
+    return Snapshot(
+        torch.from_numpy(np.stack([request.hidden_LD for request in requests])),
+        torch.from_numpy(np.stack([request.ssm_LHPN for request in requests])),
+        torch.from_numpy(np.stack(convs)) if len(convs) == len(requests) else None,
+    )
+
+
+def project(
+    model: CRSM, world_model: WorldModel, snapshot: Snapshot, known_B: Tensor, lag: int, hypotheses: int = 1
+) -> Future:
+    """Rolls the world model over the known token and then over its own most likely predictions, up to the target.
+
+    With several hypotheses the likeliest continuations are kept at every step, a beam of that width; with lag 0 there
+    is nothing to assume and one future.
+
+    Args:
+        snapshot: state of the B requests, before the known token.
+        known_B: the sampled tokens that the snapshots have not consumed.
+        lag: tokens to assume.
+        hypotheses: futures per request.
+    """
+    latent, hidden_FLD = world_model.advance(world_model.begin(snapshot), snapshot, known_B)
+    batch = len(known_B)
+    width = 1
+    score_F = torch.zeros(batch)
+    assumed_FT = known_B.new_zeros(batch, 0)
+    for _ in range(lag):
+        log_probs_FV = model.logits(hidden_FLD).log_softmax(dim=-1)
+        beam = min(hypotheses, width * log_probs_FV.shape[1])
+        total_BX = (score_F[:, None] + log_probs_FV).view(batch, -1)
+        best = total_BX.topk(beam, dim=1)
+        parent_BW, token_BW = best.indices // log_probs_FV.shape[1], best.indices % log_probs_FV.shape[1]
+        parent_F = (torch.arange(batch)[:, None] * width + parent_BW).flatten()
+        latent = tuple(part[parent_F] for part in latent)
+        if beam != width:
+            snapshot = snapshot.rows(torch.arange(batch).repeat_interleave(beam) * width)
+        assumed_FT = torch.cat([assumed_FT[parent_F], token_BW.reshape(-1, 1)], dim=1)
+        score_F, width = best.values.flatten(), beam
+        latent, hidden_FLD = world_model.advance(latent, snapshot, token_BW.flatten())
+    return Future(latent, hidden_FLD, snapshot, assumed_FT)

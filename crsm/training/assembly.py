@@ -1,0 +1,220 @@
+"""Stage 4: the plan writer, on states of the frozen backbone; afterwards the gates are calibrated.
+
+``loss = CE(planned tokens) + after_weight · KL(uninjected ‖ injected, tokens after the plan)``
+
+Self-supervised: any continuation, right or wrong, is its own plan. The KL term makes a write end with its plan; without
+it the tokens after a plan are ruined. Part of the states already carry the write of an earlier plan, which is withdrawn
+half of the time, as it is in generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crsm.config import AssemblyStageConfig
+from crsm.data.sequences import AttemptGroup, attempt_groups
+from crsm.data.tokenizer import Tokenizer
+from crsm.injection import carry, inject, outer_write, withdraw
+from crsm.model import CRSM
+from crsm.tasks.base import Task, keyed_rng
+from crsm.training.stage import Metrics, Stage, scalar
+from crsm.training.traces import Texts, Trace, trace_backbone
+from crsm.types import ModelState
+
+
+class Drawn(NamedTuple):
+    """The random choices of one group: where to write what, how strongly. B sequences."""
+
+    target: int
+    """Answer token before whose consumption the plan is written."""
+    length_B: np.ndarray
+    """Tokens of the plan, 1 to ``plan_length``."""
+    alpha_B: np.ndarray
+    earlier_B: np.ndarray
+    """0: no earlier write; 1: of the same attempt; 2: of another attempt at the problem."""
+    withdrawn_B: np.ndarray
+    """Whether the earlier write is taken out again first."""
+
+
+class AssemblyStage(Stage):
+    name = "stage_4"
+    trains = ("writer",)
+    settings: AssemblyStageConfig
+
+    def __init__(
+        self,
+        model: CRSM,
+        settings: AssemblyStageConfig,
+        seed: int,
+        tasks: Sequence[Task],
+        tokenizer: Tokenizer,
+        plan_length: int,
+        attempts: int = 4,
+    ) -> None:
+        super().__init__(model, settings, seed)
+        self.tasks, self.tokenizer, self.plan_length, self.attempts = tasks, tokenizer, plan_length, attempts
+
+    def batch(self, step: int, micro: int, rank: int, world: int) -> list[tuple[AttemptGroup, int]]:
+        """Groups, each with the seed of its random choices (the same on every worker)."""
+        accumulate = self.settings.optimizer.accumulate
+        index = step * accumulate + micro
+        groups = attempt_groups(
+            self.tasks,
+            self.tokenizer,
+            attempts=self.attempts,
+            seed=self.seed,
+            step=index,
+            batch=max(len(self.tasks), self.settings.batch // self.attempts // accumulate),
+            rank=rank,
+            world=world,
+        )
+        return [(group, index) for group in groups]
+
+    def forward(self, batch: list[tuple[AttemptGroup, int]]) -> tuple[Tensor, Metrics]:
+        loss = torch.zeros(())
+        metrics: Metrics = {}
+        for group, index in batch:
+            texts = Texts.from_group(group, self.world)
+            name = self.tasks[group.task_index].name
+            drawn = self._draw(texts, keyed_rng("writer", name, self.seed, index))
+            follow_M, after = write_losses(self.model, texts, drawn)
+            loss = loss + texts.share * (follow_M.mean() + self.settings.after_weight * after)
+            metrics[f"follow_loss/{name}"] = scalar(follow_M.mean())
+            metrics[f"after_kl/{name}"] = scalar(after)
+        metrics["loss"] = scalar(loss)
+        return loss, metrics
+
+    def _draw(self, texts: Texts, rng: np.random.Generator) -> Drawn:
+        sequences = len(texts.answer_BT)
+        # At least one token must be left for the plan in the shortest row.
+        last = max(1, int(texts.length_B.min()) - 1)
+        target = int(rng.integers(0, last))
+        left_B = np.maximum(1, texts.length_B.numpy() - 1 - target)
+        length_B = np.minimum(rng.integers(1, self.plan_length + 1, size=sequences), left_B)
+        earlier = rng.random(sequences) < self.settings.earlier_write if target > 0 else np.zeros(sequences, bool)
+        which_B = np.where(earlier, rng.integers(1, 3, size=sequences), 0)
+        alpha_B = rng.choice(self.settings.rates, size=sequences).astype(np.float32)
+        return Drawn(target, length_B, alpha_B, which_B, rng.random(sequences) < 0.5)
+
+    @torch.no_grad()
+    def evaluate(self) -> Metrics:
+        """Follow rate of held-out plans written at a random position, and the KL that is left after them."""
+        metrics: Metrics = {}
+        groups = attempt_groups(
+            self.tasks,
+            self.tokenizer,
+            attempts=self.attempts,
+            seed=self.seed,
+            step=0,
+            batch=max(len(self.tasks), self.settings.evaluate_problems // self.attempts),
+            split="valid",
+        )
+        for group in groups:
+            texts = Texts.from_group(group, world=1)
+            name = self.tasks[group.task_index].name
+            rng = keyed_rng("writer evaluation", name, self.seed)
+            rates = []
+            afters = []
+            for _ in range(4):
+                drawn = self._draw(texts, rng)
+                follow_M, after = write_losses(self.model, texts, drawn, hits=True)
+                rates.append(scalar(follow_M.mean()))
+                afters.append(scalar(after))
+            metrics[f"valid/follow_rate/{name}"] = float(np.mean(rates))
+            metrics[f"valid/after_kl/{name}"] = float(np.mean(afters))
+        return metrics
+
+    def finish(self) -> dict[str, Any]:
+        return {"writer": self.evaluate()}
+
+
+def write_losses(model: CRSM, texts: Texts, drawn: Drawn, hits: bool = False) -> tuple[Tensor, Tensor]:
+    """What a write does to the tokens it plans and to those after it.
+
+    Returns:
+        Cross-entropy of every planned token (or, with ``hits``, 1 where it is the most likely one), and the mean KL
+        from the uninjected backbone on the tokens after the plan.
+    """
+    target = drawn.target
+    roots = (target,) if target == 0 else (target - 1, target)
+    trace = trace_backbone(model.backbone, texts, roots, (0,))
+    state = trace.states_R[-1]
+    if drawn.earlier_B.any():
+        state = _with_earlier_write(model, texts, drawn, trace, state)
+    length_B = torch.from_numpy(drawn.length_B)
+    alpha_B = torch.from_numpy(drawn.alpha_B)
+    line_BM = _lines(texts.answer_BT, target + 1, int(length_B.max()))
+    state = _inject_line(model, state, line_BM, length_B, alpha_B)
+    hidden_BTLD, _ = model.backbone(texts.answer_BT[:, target:], state)
+    # Logits after consuming token `target` predict answer token `target + 1`, the first of the plan.
+    log_probs_BTV = model.logits(hidden_BTLD[:, :-1]).log_softmax(dim=-1)
+    following_BT = texts.answer_BT[:, target + 1 :]
+    step_T = torch.arange(following_BT.shape[1])
+    real_BT = step_T + target + 1 < texts.length_B[:, None]
+    planned_BT = (step_T < length_B[:, None]) & real_BT
+    after_BT = ~planned_BT & real_BT
+    if hits:
+        follow_M = (log_probs_BTV.argmax(dim=-1) == following_BT)[planned_BT].float()
+    else:
+        follow_M = F.nll_loss(log_probs_BTV[planned_BT], following_BT[planned_BT], reduction="none")
+    with torch.no_grad():
+        plain_BTV = model.logits(trace.hidden_SBLD[target + 1 : -1].transpose(0, 1)).log_softmax(dim=-1)
+    kl_BT = (plain_BTV.exp() * (plain_BTV - log_probs_BTV)).sum(dim=-1)
+    return follow_M, (kl_BT * after_BT).sum() / after_BT.sum().clamp_min(1)
+
+
+def _lines(answer_BT: Tensor, start: int, length: int) -> Tensor:
+    line_BM = answer_BT[:, start : start + length]
+    return F.pad(line_BM, (0, length - line_BM.shape[1]))
+
+
+def _inject_line(model: CRSM, state: ModelState, line_BM: Tensor, length_B: Tensor, alpha_B: Tensor) -> ModelState:
+    write = model.writer(line_BM, length_B)
+    return state.with_ssm(
+        tuple(
+            inject(
+                layer.ssm_BHPN,
+                outer_write(write.u_BLRE[:, index], write.b_BLRN[:, index], layer.ssm_BHPN.shape[1]),
+                alpha_B,
+            )
+            for index, layer in enumerate(state.layers)
+        )
+    )
+
+
+@torch.no_grad()
+def _with_earlier_write(model: CRSM, texts: Texts, drawn: Drawn, trace: Trace, clean: ModelState) -> ModelState:
+    """States at the target of rows in which an earlier plan was written one token before."""
+    before = trace.states_R[0]
+    target, sequences = drawn.target, len(texts.answer_BT)
+    own = torch.arange(sequences)
+    # Another attempt at the same problem: the neighbour inside its block of attempts.
+    other = own // texts.attempts * texts.attempts + (own + 1) % texts.attempts
+    source = torch.where(torch.from_numpy(drawn.earlier_B == 2), other, own)
+    length_B = torch.from_numpy(drawn.length_B)
+    line_BM = _lines(texts.answer_BT[source], target, int(length_B.max()))
+    alpha_B = torch.from_numpy(np.where(drawn.earlier_B > 0, drawn.alpha_B, 0).astype(np.float32))
+    written = _inject_line(model, before, line_BM, length_B, alpha_B)
+    out = model.backbone.step(texts.answer_BT[:, target - 1], written)
+    take = torch.from_numpy(drawn.withdrawn_B)[:, None, None, None]
+    ssm = []
+    for layer in range(len(before.layers)):
+        delta = written.layers[layer].ssm_BHPN - before.layers[layer].ssm_BHPN
+        now = out.state.layers[layer].ssm_BHPN
+        ssm.append(torch.where(take, withdraw(now, carry(delta, out.decay_LBH[layer])), now))
+    keep = torch.from_numpy(drawn.earlier_B > 0)
+    return ModelState(
+        tuple(
+            type(clean_layer)(
+                torch.where(keep[:, None, None], new.conv_BCK, clean_layer.conv_BCK),
+                torch.where(keep[:, None, None, None], new_ssm, clean_layer.ssm_BHPN),
+            )
+            for clean_layer, new, new_ssm in zip(clean.layers, out.state.layers, ssm, strict=True)
+        )
+    )

@@ -1,0 +1,126 @@
+"""Stage 1: backbone, fusion and critics, on text, solutions, and attempts with their verdict.
+
+``loss = CE(next token) + value_weight · BCE(value heads, outcome) − fusion_entropy · H(fusion)``
+
+The critics learn from whole attempts, right and wrong ones, together with the backbone: value heads that are added to a
+frozen backbone afterwards learn nothing, because nothing in its state then tells good from bad.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crsm.config import BackboneStageConfig
+from crsm.data.sequences import Batch, training_batch
+from crsm.data.tokenizer import Tokenizer
+from crsm.evaluation.statistics import roc_auc
+from crsm.model import CRSM
+from crsm.tasks.base import Task
+from crsm.training.stage import Metrics, Stage, scalar
+
+
+class BackboneStage(Stage):
+    name = "stage_1"
+    trains = ("backbone", "lm_head", "fusion", "critic")
+    settings: BackboneStageConfig
+
+    def __init__(
+        self, model: CRSM, settings: BackboneStageConfig, seed: int, tasks: Sequence[Task], tokenizer: Tokenizer
+    ) -> None:
+        super().__init__(model, settings, seed)
+        self.tasks, self.tokenizer = tasks, tokenizer
+
+    def batch(self, step: int, micro: int, rank: int, world: int) -> list[Batch]:
+        accumulate = self.settings.optimizer.accumulate
+        return training_batch(
+            self.tasks,
+            self.tokenizer,
+            self.settings,
+            seed=self.seed,
+            step=step * accumulate + micro,
+            batch=self.settings.batch // accumulate,
+            rank=rank,
+            world=world,
+        )
+
+    def forward(self, batch: list[Batch]) -> tuple[Tensor, Metrics]:
+        entropy = self.model.fusion.entropy()
+        loss = -self.settings.fusion_entropy * entropy
+        metrics: Metrics = {"fusion_entropy": scalar(entropy)}
+        for part in batch:
+            lm, value = language_and_value_loss(self.model, part)
+            name = self.tasks[int(part.task_index_B[0])].name
+            metrics[f"loss/{name}"] = scalar(lm) / max(1, int(part.targets_mask_BT.sum()))
+            metrics[f"value_loss/{name}"] = scalar(value) / max(1, int(part.value_mask_BT.sum()))
+            # Sums over the whole step's totals: the same loss whatever the number of workers and tasks.
+            loss = loss + self.world / part.step_targets * lm
+            loss = loss + self.settings.value_weight * self.world / max(1, part.step_values) * value
+        metrics["loss"] = scalar(loss)
+        return loss, metrics
+
+    @torch.no_grad()
+    def evaluate(self) -> Metrics:
+        """Held-out loss, perplexity, and AUC of every layer's value at the answer's last token."""
+        metrics: Metrics = {}
+        for part in training_batch(
+            self.tasks,
+            self.tokenizer,
+            self.settings,
+            seed=self.seed,
+            step=0,
+            batch=self.settings.evaluate_problems,
+            split="valid",
+        ):
+            lm, _ = language_and_value_loss(self.model, part)
+            name = self.tasks[int(part.task_index_B[0])].name
+            metrics[f"valid/loss/{name}"] = scalar(lm) / int(part.targets_mask_BT.sum())
+            metrics[f"valid/perplexity/{name}"] = math.exp(metrics[f"valid/loss/{name}"])
+            for layer, auc in enumerate(_value_auc(self.model, part)):
+                metrics[f"valid/value_auc/{name}/layer_{layer}"] = auc
+        return metrics
+
+
+def language_and_value_loss(model: CRSM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the next token, and BCE of the values: sums over the batch's positions."""
+    tokens_BT = torch.from_numpy(batch.tokens_BT)
+    hidden_BTLD, _ = model.backbone(tokens_BT, segment_BT=_segments(batch))
+    # Logits only where they are needed: closed tasks train on answers, a small part of the tokens.
+    target_BT = torch.from_numpy(batch.targets_mask_BT)[:, 1:]
+    logits_MV = model.logits(hidden_BTLD[:, :-1][target_BT])
+    lm = F.cross_entropy(logits_MV, tokens_BT[:, 1:][target_BT], reduction="sum")
+    value_BT = torch.from_numpy(batch.value_mask_BT)
+    if not bool(value_BT.any()):
+        return lm, lm.new_zeros(())
+    return lm, value_loss(model, hidden_BTLD[value_BT], torch.from_numpy(batch.outcome_BT)[value_BT]).sum()
+
+
+def value_loss(model: CRSM, hidden_MLD: Tensor, outcome_M: Tensor) -> Tensor:
+    """BCE to outcomes (or soft targets): mean over the value heads, plus the consensus mixture's; (M,)."""
+    logits_ML = model.critic.logits(hidden_MLD)
+    target_ML = outcome_M[:, None].expand_as(logits_ML)
+    heads_M = F.binary_cross_entropy_with_logits(logits_ML, target_ML, reduction="none").mean(dim=1)
+    # The heads are shielded from the second term: it only teaches the consensus whom to trust.
+    mixed_M = (model.critic.consensus_weights_L * logits_ML.detach().sigmoid()).sum(dim=1).clamp(1e-6, 1 - 1e-6)
+    return heads_M + F.binary_cross_entropy(mixed_M, outcome_M, reduction="none")
+
+
+def _segments(batch: Batch) -> Tensor | None:
+    return torch.from_numpy(batch.segment_BT) if batch.packed else None
+
+
+def _value_auc(model: CRSM, batch: Batch) -> list[float]:
+    """Per layer, at the last judged token of every answer."""
+    value_BT = batch.value_mask_BT
+    if not value_BT.any():
+        return []
+    last_BT = value_BT & ~np.pad(value_BT[:, 1:], ((0, 0), (0, 1)))
+    hidden_BTLD, _ = model.backbone(torch.from_numpy(batch.tokens_BT), segment_BT=_segments(batch))
+    values_ML = model.critic(hidden_BTLD[torch.from_numpy(last_BT)]).numpy()
+    outcome_M = batch.outcome_BT[last_BT]
+    return [roc_auc(values_ML[:, layer], outcome_M) for layer in range(values_ML.shape[1])]

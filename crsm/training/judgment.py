@@ -1,0 +1,124 @@
+"""Stage 3: the critics, on roll-outs of System 1 and System 2 labelled by their verified outcome.
+
+The labels are outcomes and nothing else: which system made an answer does not matter. The backbone stays frozen.
+Afterwards the critics are measured on held-out problems; their *pairwise branch accuracy* decides whether stage 4 may
+open the gates, since a search with a poor judge does harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crsm.config import JudgmentStageConfig
+from crsm.data.sequences import Batch, attempt_groups, make_batch
+from crsm.data.tokenizer import Tokenizer
+from crsm.evaluation.rollouts import Rollout
+from crsm.evaluation.statistics import expected_calibration_error, pairwise_branch_accuracy, roc_auc
+from crsm.model import CRSM
+from crsm.tasks.base import Task, keyed_rng
+from crsm.training.backbone import value_loss
+from crsm.training.dynamics import masked_mean, unroll
+from crsm.training.stage import Metrics, Stage, scalar
+from crsm.training.traces import Texts, trace_backbone
+
+
+class JudgmentStage(Stage):
+    name = "stage_3"
+    trains = ("critic",)
+    settings: JudgmentStageConfig
+
+    def __init__(
+        self,
+        model: CRSM,
+        settings: JudgmentStageConfig,
+        seed: int,
+        tasks: Sequence[Task],
+        tokenizer: Tokenizer,
+        rollouts: Sequence[Rollout],
+    ) -> None:
+        super().__init__(model, settings, seed)
+        if not rollouts:
+            raise ValueError("rollouts is empty; allowed: at least one roll-out")
+        self.tasks, self.tokenizer = tasks, tokenizer
+        self._sequences = [rollout.sequence(tokenizer.terminal_ids) for rollout in rollouts]
+
+    def batch(self, step: int, micro: int, rank: int, world: int) -> Batch:
+        settings = self.settings
+        count = settings.batch // settings.optimizer.accumulate
+        rng = keyed_rng("judgment", self.seed, step * settings.optimizer.accumulate + micro)
+        picked = rng.integers(0, len(self._sequences), size=count)
+        whole = make_batch([self._sequences[index] for index in picked], pad_id=self.tokenizer.pad_id)
+        return whole.rows(slice(count * rank // world, count * (rank + 1) // world))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        with torch.no_grad():
+            hidden_BTLD, _ = self.model.backbone(torch.from_numpy(batch.tokens_BT))
+        value_BT = torch.from_numpy(batch.value_mask_BT)
+        outcome_M = torch.from_numpy(batch.outcome_BT)[value_BT]
+        loss = value_loss(self.model, hidden_BTLD[value_BT], outcome_M).sum() * self.world / batch.step_values
+        return loss, {"loss": scalar(loss), "outcome_rate": float(batch.outcome_B.mean())}
+
+    @torch.no_grad()
+    def evaluate(self) -> Metrics:
+        """Calibration and ranking on held-out attempts; ``branch_accuracy`` is what the gate to stage 4 looks at."""
+        metrics: Metrics = {}
+        for name, figures in judge(self.model, self.tasks, self.tokenizer, self.settings, self.seed).items():
+            for key, value in figures.items():
+                metrics[f"valid/{key}/{name}"] = value
+        return metrics
+
+    @torch.no_grad()
+    def finish(self) -> dict[str, Any]:
+        table = judge(self.model, self.tasks, self.tokenizer, self.settings, self.seed)
+        worst = min(min(row["branch_accuracy"], row["imagined_branch_accuracy"]) for row in table.values())
+        return {
+            "judgment": table,
+            "branch_accuracy": worst,
+            # Not "worst >= …": a NaN (nothing to compare) must keep the gates shut too.
+            "gates_may_open": bool(worst >= self.settings.gate_accuracy),
+        }
+
+
+@torch.no_grad()
+def judge(
+    model: CRSM, tasks: Sequence[Task], tokenizer: Tokenizer, settings: JudgmentStageConfig, seed: int
+) -> dict[str, dict[str, float]]:
+    """Per task, on held-out attempts at the last token before the verdict: AUC, ECE and pairwise branch accuracy of the
+    consensus, as the backbone sees it and as the world model imagines it from the answer's beginning."""
+    table = {}
+    groups = attempt_groups(
+        tasks, tokenizer, attempts=4, seed=seed, step=1, batch=settings.evaluate_problems, split="valid"
+    )
+    for group in groups:
+        texts = Texts.from_group(group, world=1)
+        roots = (0,)
+        trace = trace_backbone(model.backbone, texts, roots, model.world_model.read_layers)
+        rows = torch.arange(len(texts.length_B))
+        values_BL = model.critic(trace.hidden_SBLD[texts.length_B - 1, rows])
+        consensus_B = model.critic.consensus(values_BL).numpy()
+        mixed_B = (model.critic.consensus_weights_L * values_BL).sum(dim=1).numpy()
+        imagined: list[float] = []
+        errors = []
+        for step in unroll(model, model.world_model, trace, texts, int(texts.length_B.max()) - 1):
+            errors.append(scalar(masked_mean(step.value_error_M, step.judged_M)))
+            if bool(step.last_M.any()):
+                index = step.index_M[step.last_M].numpy()
+                imagined.append(
+                    pairwise_branch_accuracy(
+                        step.consensus_M[step.last_M].numpy(), texts.outcome_B[index], texts.problem_B[index]
+                    )
+                )
+        ranked = [value for value in imagined if not np.isnan(value)]
+        table[tasks[group.task_index].name] = {
+            "auc": roc_auc(consensus_B, texts.outcome_B),
+            "ece": expected_calibration_error(mixed_B, texts.outcome_B),
+            "branch_accuracy": pairwise_branch_accuracy(consensus_B, texts.outcome_B, texts.problem_B),
+            "imagined_branch_accuracy": float(np.mean(ranked)) if ranked else float("nan"),
+            "imagined_value_error": float(np.mean(errors)),
+        }
+    return table

@@ -1,0 +1,114 @@
+"""Traces of the frozen backbone over prompts and attempts: the data of stages 2 and 4.
+
+The prompt is run once and its state copied to every attempt; the answers are then consumed together, and at chosen
+positions (the *roots*, from which planners will be asked) the memory that a world model reads is kept.
+
+Letters: B sequences (problems × attempts), R roots, T answer tokens, M read layers; L, D, H, P, N as everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crsm.data.sequences import AttemptGroup
+from crsm.mamba_ssm import Backbone
+from crsm.types import LayerState, ModelState
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Prompts and what follows them, ready to be run in one batch."""
+
+    prompt_BT: Tensor
+    """One row per problem, all of one length."""
+    answer_BT: Tensor
+    """What follows, one row per attempt, the attempts at a problem neighbouring; padded on the right."""
+    length_B: Tensor
+    """Tokens of each row of ``answer_BT``, the verdict (its last) included."""
+    start_B: Tensor
+    """Where in its row the answer proper begins."""
+    attempts: int
+    outcome_B: np.ndarray
+    problem_B: np.ndarray
+    """Problem of each row."""
+    share: float
+    """This worker's weight of the group in the step's mean, times the number of workers."""
+
+    @classmethod
+    def from_group(cls, group: AttemptGroup, world: int) -> Texts:
+        """Prompts of one length are run once for all attempts. Others are cut where the shortest ends, and what is left
+        of a prompt counts as the beginning of its answer's row."""
+        problems, attempts, _ = group.answers_BAt.shape
+        share = world * problems / group.step_problems
+        outcome_B = group.outcome_BA.reshape(-1).astype(bool)
+        problem_B = np.repeat(np.arange(problems), attempts)
+        length_B = torch.from_numpy(group.answer_lengths_BA.reshape(-1))
+        if group.equal_prompts:
+            answers = torch.from_numpy(group.answers_BAt.reshape(problems * attempts, -1))
+            start_B = torch.zeros_like(length_B)
+            return cls(
+                torch.from_numpy(group.prompts_BT), answers, length_B, start_B, attempts, outcome_B, problem_B, share
+            )
+        common = int(group.prompt_lengths_B.min())
+        start_B = torch.from_numpy(np.repeat(group.prompt_lengths_B - common, attempts))
+        length_B = length_B + start_B
+        rows_BT = torch.zeros(problems * attempts, int(length_B.max()), dtype=torch.long)
+        flat = group.answers_BAt.reshape(problems * attempts, -1)
+        for row, problem in enumerate(problem_B):
+            start, end = int(start_B[row]), int(length_B[row])
+            rows_BT[row, :start] = torch.from_numpy(group.prompts_BT[problem, common : common + start])
+            rows_BT[row, start:end] = torch.from_numpy(flat[row, : end - start])
+        prompts = torch.from_numpy(group.prompts_BT[:, :common])
+        return cls(prompts, rows_BT, length_B, start_B, attempts, outcome_B, problem_B, share)
+
+
+class Trace(NamedTuple):
+    hidden_SBLD: Tensor
+    """Residual streams at S = T + 1 positions: the prompt's last token, then every answer token."""
+    roots: tuple[int, ...]
+    """Indices into S, ascending."""
+    memory_RBMHPN: Tensor
+    """SSM states at the roots."""
+    states_R: tuple[ModelState, ...]
+    """The whole states at the roots."""
+
+
+@torch.no_grad()
+def trace_backbone(backbone: Backbone, texts: Texts, roots: tuple[int, ...], read_layers: tuple[int, ...]) -> Trace:
+    """Runs the frozen backbone over prompts and answers.
+
+    Args:
+        backbone: System 1.
+        texts: what to run.
+        roots: positions to keep states at, ascending: 0 is the prompt's end, s the position after ``s`` answer tokens.
+        read_layers: layers whose SSM states go into ``memory_RBMHPN``.
+    """
+    hidden_BTLD, state = backbone(texts.prompt_BT)
+    hidden = [hidden_BTLD[:, -1:].repeat_interleave(texts.attempts, dim=0)]
+    state = repeat_rows(state, texts.attempts)
+    states, position = {0: state}, 0
+    for root in (*[r for r in roots if r > 0], texts.answer_BT.shape[1]):
+        if root > position:
+            piece_BTLD, state = backbone(texts.answer_BT[:, position:root], state)
+            hidden.append(piece_BTLD)
+            position = root
+        states[root] = state
+    memory = [torch.stack([states[root].layers[i].ssm_BHPN for i in read_layers], dim=1) for root in roots]
+    return Trace(
+        torch.cat(hidden, dim=1).transpose(0, 1),
+        roots,
+        torch.stack(memory),
+        tuple(states[root] for root in roots),
+    )
+
+
+def repeat_rows(state: ModelState, times: int) -> ModelState:
+    """Every row ``times`` times, neighbouring."""
+    return ModelState(
+        tuple(LayerState(*(tensor.repeat_interleave(times, dim=0) for tensor in layer)) for layer in state.layers)
+    )
