@@ -288,6 +288,11 @@ class BackboneStageConfig(StageConfig):
     """Weight of the bonus on the entropy of the fusion weights."""
     solution_share: Probability = 0.5
     """Share of the sequences that hold the solution; the others hold an attempt."""
+    bootstrap_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of a first training on solutions alone, for open text without recorded attempts: the model that it gives
+    makes them. 0: none."""
+    bootstrap_problems: Positive = 1024
+    """Training problems at which the bootstrapped model makes an attempt each."""
 
 
 class DynamicsStageConfig(StageConfig):

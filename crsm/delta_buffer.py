@@ -74,6 +74,12 @@ class DeltaBuffer:
                 outcomes.append((plan, Reason.SUPERSEDED if plan.confidence_L.any() else Reason.SHUT))
         return Due(chosen, position - chosen.target if chosen else 0, tuple(outcomes))
 
+    def drop(self, generation_id: str, target: int, request_id: int) -> None:
+        """Forgets the plans of one request."""
+        waiting = self._plans.get(generation_id, {})
+        if target in waiting:
+            waiting[target] = [plan for plan in waiting[target] if plan.request_id != request_id]
+
     def end(self, generation_id: str) -> list[Plan]:
         """Forgets a generation; returns the plans that were waiting for it."""
         return [plan for plans in self._plans.pop(generation_id, {}).values() for plan in plans]
@@ -94,25 +100,35 @@ def check_plan(plan: Plan, sizes: BackboneConfig, rank: int) -> str | None:
     A plan comes from another process: it is checked before it may touch a state.
     """
     layers = sizes.n_layer
+    actions = plan.policy_tokens_A
+    if not isinstance(actions, np.ndarray) or actions.ndim != 1 or actions.dtype.kind not in "iu":
+        return f"policy_tokens_A is {_form(actions)}; allowed: integers of one dimension"
     want = {
         "confidence_L": (layers,),
         "value_root_L": (layers,),
         "value_plan_L": (layers,),
         "write_u_LRE": (layers, rank, sizes.d_inner),
         "write_b_LRN": (layers, rank, sizes.d_state),
-        "policy_probs_A": plan.policy_tokens_A.shape,
+        "policy_probs_A": actions.shape,
     }
     for name, shape in want.items():
         array = getattr(plan, name)
-        if not isinstance(array, np.ndarray) or array.shape != shape:
-            return f"{name} has shape {getattr(array, 'shape', None)}; allowed: {shape}"
+        if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype.kind != "f":
+            return f"{name} is {_form(array)}; allowed: floating point of shape {shape}"
         if not np.isfinite(array).all():
             return f"{name} holds NaN or infinity"
     if ((plan.confidence_L < 0) | (plan.confidence_L > 1)).any():
         return f"confidence_L = {plan.confidence_L.tolist()}; allowed: [0, 1]"
-    tokens = (*plan.assumed, *plan.line, *plan.policy_tokens_A.tolist())
+    if (plan.policy_probs_A < 0).any() or abs(float(plan.policy_probs_A.sum()) - 1) > 1e-3:
+        return f"policy_probs_A = {plan.policy_probs_A.tolist()}; allowed: probabilities that sum to 1"
+    tokens = (*plan.assumed, *plan.line, *actions.tolist())
     if not all(0 <= token < sizes.vocab_size for token in tokens):
         return f"a token lies outside the vocabulary of {sizes.vocab_size}"
     if len(plan.assumed) != plan.target - plan.position:
         return f"{len(plan.assumed)} assumed tokens for a lag of {plan.target - plan.position}"
     return None
+
+
+def _form(array: object) -> str:
+    """Type and shape of what stands in the place of an array."""
+    return f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__

@@ -20,7 +20,7 @@ import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from crsm.planners import Arrivals, Planners
 from crsm.sampling import choose_token, mix_policy
 from crsm.steering import Steering, advance, concat_steering, no_steering, steer
 from crsm.types import Channel, Injection, ModelState, Plan, PlanRequest, Reason, Token, concat_states
+
+_NOTHING = np.empty(0, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,12 @@ class Engine:
             event_log: where to write every event.
             clock: seconds, for pace and deadlines.
             sleep: waits, for the pace.
+
+        Raises:
+            ValueError: planners and an injection source, whose plans would meet.
         """
+        if planners is not None and injection_source is not None:
+            raise ValueError("planners and an injection_source; allowed: one of them, or neither")
         self.checkpoint, self.config, self.metrics = checkpoint, config, PlanMetrics()
         self._model, self._planners = checkpoint.model, planners
         self._world_model = world_model or checkpoint.model.planning_model()
@@ -122,7 +129,7 @@ class Engine:
         self._running: _Running | None = None
         self._request_ids = itertools.count()
         self._open: dict[int, PlanRequest] = {}
-        """Requests that are not settled: id to request (without its arrays' use any more)."""
+        """Requests that are not settled, by id; without their snapshots, which stalled planners would pile up here."""
         self._early: list[Plan] = []
         """Virtual clock: plans that arrived before their time."""
         self._next_step = 0.0
@@ -173,12 +180,13 @@ class Engine:
             yield from self.step()
 
     def generate_all(self, requests: Iterable[GenerationRequest]) -> list[list[int]]:
-        """The tokens of every generation, in the order of the requests."""
+        """The tokens of every generation, in the order of the requests; a cancelled one has those it said before."""
         ids = [self.submit(request) for request in requests]
         said: dict[str, list[int]] = {name: [] for name in ids}
         while self.busy:
             for token in self.step():
-                said[token.generation_id].append(token.token)
+                if token.finish_reason != "cancelled":
+                    said[token.generation_id].append(token.token)
         return [said[name] for name in ids]
 
     # ---------------------------------------------------------------- one step
@@ -339,7 +347,7 @@ class Engine:
         hidden_BLD = running.hidden_BLD[index].float().numpy()
         ssm_BLHPN = torch.stack([running.state.layers[i].ssm_BHPN[index] for i in model.read_layers], dim=1).numpy()
         conv_BLCK = (
-            torch.stack([layer.conv_BCK[index] for layer in running.state.layers], dim=1).numpy()
+            torch.stack([layer.conv_BCK[index] for layer in running.state.layers], dim=1).float().numpy()
             if model.needs_conv
             else None
         )
@@ -370,7 +378,7 @@ class Engine:
             )
             generation.plans_asked += 1
         for request in requests:
-            self._open[request.request_id] = request
+            self._open[request.request_id] = replace(request, hidden_LD=_NOTHING, ssm_LHPN=_NOTHING, conv_LCK=None)
             self.metrics.requests += 1
             self.metrics.request_bytes += request.num_bytes
             if self._log:
@@ -411,8 +419,8 @@ class Engine:
     def _accept(self, arrivals: Arrivals) -> None:
         """Checks what came from the planners; keeps what may still be used."""
         sizes, rank = self._model.config.model.backbone, self._model.config.model.writer.rank
-        for request in arrivals.lost:
-            self._settle(request.request_id, Reason.LOST)
+        for lost in arrivals.lost:
+            self._refuse(lost.request_id, Reason.LOST)
         for plan in arrivals.plans:
             request = self._open.get(plan.request_id)
             if request is None:
@@ -424,9 +432,9 @@ class Engine:
                 request.target,
             )
             if foreign or check_plan(plan, sizes, rank) is not None:
-                self._settle(plan.request_id, Reason.MALFORMED)
+                self._refuse(plan.request_id, Reason.MALFORMED)
             elif plan.model_version != self.checkpoint.model_version:
-                self._settle(plan.request_id, Reason.OLD_VERSION)
+                self._refuse(plan.request_id, Reason.OLD_VERSION)
             elif self.config.clock == "virtual":
                 self._early.append(plan)
             else:
@@ -457,6 +465,14 @@ class Engine:
         if due.plan is None or settings.channel is Channel.OFF:
             return None
         return as_injection(due.plan, generation.position, settings)
+
+    def _refuse(self, request_id: int, reason: Reason) -> None:
+        """Settles a request of which nothing will be used, not even plans that are waiting already."""
+        request = self._open.get(request_id)
+        if request is not None:
+            self._buffer.drop(request.generation_id, request.target, request_id)
+            self._early = [plan for plan in self._early if plan.request_id != request_id]
+            self._settle(request_id, reason)
 
     def _settle(self, request_id: int, reason: Reason) -> None:
         settled = self._open.pop(request_id, None)

@@ -178,7 +178,8 @@ def _apply(event: dict[str, Any], generations: dict[str, LoggedGeneration]) -> N
         injection = _decode_injection(event)
         generations[name].injections[injection.position] = injection
     elif kind == "token":
-        generations[name].tokens.append(int(event["token"]))
+        if event["finish"] != "cancelled":  # the last event of a cancelled generation says no token
+            generations[name].tokens.append(int(event["token"]))
     elif kind not in ("request", "reject"):
         raise ValueError(f"event = {kind!r}; allowed: start, request, inject, reject, token")
 

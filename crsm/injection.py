@@ -17,7 +17,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 LARGEST_WRITE = 1e15
 """Entries of a write beyond this are cut: squares of larger ones would overflow in the norms."""
 

@@ -47,6 +47,11 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def _count_changes(segment_BT: Tensor) -> Tensor:
+    """Documents of a row counted from 0, whatever they were called: kernels rely on ids that do not come back."""
+    return F.pad(segment_BT[:, 1:] != segment_BT[:, :-1], (1, 0)).cumsum(dim=1)
+
+
 class Mixer(nn.Module):
     """One Mamba-2 mixer: projection, short convolution, state-space recurrence, gate, projection."""
 
@@ -187,6 +192,8 @@ class Backbone(nn.Module):
         if tokens_BT.ndim != 2 or tokens_BT.shape[1] < 1:
             raise ValueError(f"tokens_BT has shape {tuple(tokens_BT.shape)}; allowed: (B, T) with T ≥ 1")
         state = self._checked(state, tokens_BT.shape[0])
+        if segment_BT is not None:
+            segment_BT = _count_changes(segment_BT)
         x_BTD = self.embedding(tokens_BT)
         hidden, layers = [], []
         for layer, layer_state in zip(self._blocks, state.layers, strict=True):
@@ -217,10 +224,14 @@ class Backbone(nn.Module):
         if state is None:
             return self.initial_state(batch_size)
         config = self.config
-        want = (batch_size, config.n_heads, config.headdim, config.d_state)
-        if len(state.layers) != config.n_layer or tuple(state.layers[0].ssm_BHPN.shape) != want:
-            raise ValueError(
-                f"state has {len(state.layers)} layers of {tuple(state.layers[0].ssm_BHPN.shape)}; "
-                f"allowed: {config.n_layer} layers of (B, H, P, N) = {want}"
-            )
+        if len(state.layers) != config.n_layer:
+            raise ValueError(f"state has {len(state.layers)} layers; allowed: {config.n_layer}")
+        ssm = (batch_size, config.n_heads, config.headdim, config.d_state)
+        conv = (batch_size, config.conv_channels, config.d_conv - 1)
+        for index, layer in enumerate(state.layers):
+            if layer.ssm_BHPN.shape != ssm or layer.conv_BCK.shape != conv:
+                raise ValueError(
+                    f"state of layer {index} has shapes {tuple(layer.ssm_BHPN.shape)} and "
+                    f"{tuple(layer.conv_BCK.shape)}; allowed: (B, H, P, N) = {ssm} and (B, C, K-1) = {conv}"
+                )
         return state

@@ -35,6 +35,8 @@ from crsm.types import ModelState
 
 FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
+FILES = ("model.safetensors", "tokenizer.json")
+"""Files of a checkpoint whose size and hash ``config.json`` holds."""
 PARTS = ("backbone", "lm_head", "fusion", "critic", "world_model", "writer", "gate")
 
 
@@ -143,7 +145,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
             "crsm_version": __version__,
             "model_version": checkpoint.model_version,
             "trust_horizon": checkpoint.trust_horizon,
-            "files": {name: _fingerprint(staging / name) for name in ("model.safetensors", "tokenizer.json")},
+            "files": {name: _fingerprint(staging / name) for name in FILES},
             "config": checkpoint.config.model_dump(mode="json"),
             "report": checkpoint.report,
         }
@@ -162,8 +164,13 @@ def _move_into_place(staging: Path, path: Path) -> None:
     if path.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
         os.rename(path, old)
-        os.rename(staging, path)
-        shutil.rmtree(old.parent)
+        try:
+            os.rename(staging, path)
+        except OSError:
+            os.rename(old, path)
+            raise
+        finally:
+            shutil.rmtree(old.parent)
     else:
         os.rename(staging, path)
 
@@ -205,8 +212,8 @@ def load_checkpoint(name: str | Path, kernels: Kernels | None = None, config: Co
     """
     path = resolve_checkpoint(name)
     description = _read_description(path)
-    for file, want in description["files"].items():
-        _check_file(path / file, want)
+    for file in FILES:
+        _check_file(path / file, description["files"][file])
     saved = parse_config(description["config"], source=f"{path / 'config.json'}")
     if config is not None:
         _check_same_model(saved, config, path)
@@ -261,6 +268,9 @@ def _read_description(path: Path) -> dict[str, Any]:
     missing = {"files", "config", "trust_horizon", "model_version", "report"} - set(description)
     if missing:
         raise ValueError(f"{file}: key {sorted(missing)[0]!r} is missing")
+    for name in FILES:
+        if not {"bytes", "sha256"} <= set(description["files"].get(name, {})):
+            raise ValueError(f"{file}: files.{name} is missing; allowed: its bytes and sha256")
     return description
 
 

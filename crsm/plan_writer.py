@@ -45,9 +45,10 @@ class PlanWriter(nn.Module):
 
         Args:
             line_BM: token ids, padded on the right with any id.
-            length_B: tokens of each line, at least 1, on the CPU.
+            length_B: tokens of each line, at least 1.
         """
-        packed = pack_padded_sequence(self._embedding[0](line_BM), length_B, batch_first=True, enforce_sorted=False)
+        lengths = length_B.cpu()  # where packing wants them
+        packed = pack_padded_sequence(self._embedding[0](line_BM), lengths, batch_first=True, enforce_sorted=False)
         _, last_1BW = self.gru(packed)
         last_BW = last_1BW[0]
         return Write(self.u(last_BW).unflatten(1, self._u_shape), self.b(last_BW).unflatten(1, self._b_shape))

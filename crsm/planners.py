@@ -6,6 +6,7 @@ the virtual clock uses. The actor pool implements the same protocol.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Collection, Sequence
@@ -13,6 +14,8 @@ from typing import NamedTuple, Protocol
 
 from crsm.reasoning import Deliberator
 from crsm.types import Plan, PlanRequest
+
+logger = logging.getLogger(__name__)
 
 
 class Arrivals(NamedTuple):
@@ -138,8 +141,10 @@ class ThreadPlanners:
         while (batch := self._todo.get()) is not None:
             try:
                 plans = self._deliberator(batch, should_stop=self._stopping.is_set)
-            except (ValueError, RuntimeError, FloatingPointError):
-                # A request that cannot be planned costs its plans only; the loss is counted by the engine.
+            except Exception:
+                # Whatever it was, it costs the plans of this batch only, and who waits for them must hear of it. The
+                # loss is counted by the engine.
+                logger.exception("a deliberation on %d requests failed", len(batch))
                 self._done.put(Arrivals([], batch))
             else:
                 self._done.put(Arrivals(plans, []))

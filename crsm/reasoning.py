@@ -297,6 +297,8 @@ class Deliberator:
             found = None if array is None else array.shape
             if found != shape:
                 raise ValueError(f"request {request.request_id}: {name} has shape {found}; allowed: {shape}")
+            if array.dtype != np.float32:
+                raise ValueError(f"request {request.request_id}: {name} is {array.dtype}; allowed: float32")
             if not np.isfinite(array).all():
                 raise ValueError(f"request {request.request_id}: {name} holds NaN or infinity; allowed: finite numbers")
         if not 0 <= request.token < sizes.vocab_size:

@@ -279,7 +279,7 @@ def text_windows(
     world: int = 1,
     split: Split = "train",
 ) -> list[Batch]:
-    """Packed windows over whole documents, for the stages that look at open text from every position.
+    """Packed windows of documents, for the stages that look at open text from every position.
 
     The same documents as ``training_batch`` draws for these arguments, of the tasks with open text only.
 
@@ -289,7 +289,8 @@ def text_windows(
         seed: of the run.
         step: each step has other problems.
         batch: documents over all workers.
-        length: positions of a window; None: the task's ``max_tokens``. A longer document starts no window and is cut.
+        length: positions of a window; None: the task's ``max_tokens``. Each starts with a document;
+            one that is longer than the window fills it and loses its end.
         solution_share: share of documents that hold the solution.
         rank: this worker.
         world: number of workers.

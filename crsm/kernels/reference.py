@@ -27,8 +27,8 @@ def causal_conv(
         weight_CK: taps, the newest input last.
         bias_C: bias.
         state_BCK: the ``K-1`` inputs before ``x``, oldest first (B, C, K-1).
-        segment_BT: document of each token; taps never reach over a change of document. The window that comes in
-            belongs to the document of the first token.
+        segment_BT: document of each token, ascending; taps never reach over a change of document. The window that
+            comes in belongs to the document of the first token.
 
     Returns:
         Outputs (B, T, C), before the activation, and the new window (B, C, K-1).
@@ -74,7 +74,7 @@ def chunk_scan(
         B_BTN, C_BTN: input and output projections, shared by all heads.
         state_BHPN: the state to start from; it belongs to the document of the first token.
         chunk_size: tokens per chunk; changes the result by rounding only.
-        segment_BT: document of each token; the state is reset where it changes.
+        segment_BT: document of each token, ascending; the state is reset where it changes.
 
     Returns:
         ``h[t]·C[t]`` (B, T, H, P), without the D term, and the last state (B, H, P, N).

@@ -23,7 +23,7 @@ from crsm.data.tokenizer import Tokenizer
 from crsm.injection import carry, inject, outer_write, withdraw
 from crsm.model import CRSM
 from crsm.tasks.base import Task, keyed_rng
-from crsm.training.stage import Metrics, Stage, scalar
+from crsm.training.stage import Metrics, Stage, scalar, tensor_for
 from crsm.training.traces import Texts, Trace, trace_backbone
 from crsm.types import ModelState
 
@@ -77,10 +77,10 @@ class AssemblyStage(Stage):
         return [(group, index) for group in groups]
 
     def forward(self, batch: list[tuple[AttemptGroup, int]]) -> tuple[Tensor, Metrics]:
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=self.device)
         metrics: Metrics = {}
         for group, index in batch:
-            texts = Texts.from_group(group, self.world)
+            texts = Texts.from_group(group, self.world, self.device)
             name = self.tasks[group.task_index].name
             drawn = self._draw(texts, keyed_rng("writer", name, self.seed, index))
             follow_M, after = write_losses(self.model, texts, drawn)
@@ -95,7 +95,7 @@ class AssemblyStage(Stage):
         # At least one token must be left for the plan in the shortest row.
         last = max(1, int(texts.length_B.min()) - 1)
         target = int(rng.integers(0, last))
-        left_B = np.maximum(1, texts.length_B.numpy() - 1 - target)
+        left_B = np.maximum(1, texts.length_B.cpu().numpy() - 1 - target)
         length_B = np.minimum(rng.integers(1, self.plan_length + 1, size=sequences), left_B)
         earlier = rng.random(sequences) < self.settings.earlier_write if target > 0 else np.zeros(sequences, bool)
         which_B = np.where(earlier, rng.integers(1, 3, size=sequences), 0)
@@ -116,7 +116,7 @@ class AssemblyStage(Stage):
             split="valid",
         )
         for group in groups:
-            texts = Texts.from_group(group, world=1)
+            texts = Texts.from_group(group, device=self.device)
             name = self.tasks[group.task_index].name
             rng = keyed_rng("writer evaluation", name, self.seed)
             rates = []
@@ -147,15 +147,15 @@ def write_losses(model: CRSM, texts: Texts, drawn: Drawn, hits: bool = False) ->
     state = trace.states_R[-1]
     if drawn.earlier_B.any():
         state = _with_earlier_write(model, texts, drawn, trace, state)
-    length_B = torch.from_numpy(drawn.length_B)
-    alpha_B = torch.from_numpy(drawn.alpha_B)
+    length_B = tensor_for(model, drawn.length_B)
+    alpha_B = tensor_for(model, drawn.alpha_B)
     line_BM = _lines(texts.answer_BT, target + 1, int(length_B.max()))
     state = _inject_line(model, state, line_BM, length_B, alpha_B)
     hidden_BTLD, _ = model.backbone(texts.answer_BT[:, target:], state)
     # Logits after consuming token `target` predict answer token `target + 1`, the first of the plan.
     log_probs_BTV = model.logits(hidden_BTLD[:, :-1]).log_softmax(dim=-1)
     following_BT = texts.answer_BT[:, target + 1 :]
-    step_T = torch.arange(following_BT.shape[1])
+    step_T = torch.arange(following_BT.shape[1], device=following_BT.device)
     real_BT = step_T + target + 1 < texts.length_B[:, None]
     planned_BT = (step_T < length_B[:, None]) & real_BT
     after_BT = ~planned_BT & real_BT
@@ -193,22 +193,22 @@ def _with_earlier_write(model: CRSM, texts: Texts, drawn: Drawn, trace: Trace, c
     """States at the target of rows in which an earlier plan was written one token before."""
     before = trace.states_R[0]
     target, sequences = drawn.target, len(texts.answer_BT)
-    own = torch.arange(sequences)
+    own = torch.arange(sequences, device=texts.answer_BT.device)
     # Another attempt at the same problem: the neighbour inside its block of attempts.
     other = own // texts.attempts * texts.attempts + (own + 1) % texts.attempts
-    source = torch.where(torch.from_numpy(drawn.earlier_B == 2), other, own)
-    length_B = torch.from_numpy(drawn.length_B)
+    source = torch.where(tensor_for(model, drawn.earlier_B == 2), other, own)
+    length_B = tensor_for(model, drawn.length_B)
     line_BM = _lines(texts.answer_BT[source], target, int(length_B.max()))
-    alpha_B = torch.from_numpy(np.where(drawn.earlier_B > 0, drawn.alpha_B, 0).astype(np.float32))
+    alpha_B = tensor_for(model, np.where(drawn.earlier_B > 0, drawn.alpha_B, 0).astype(np.float32))
     written = _inject_line(model, before, line_BM, length_B, alpha_B)
     out = model.backbone.step(texts.answer_BT[:, target - 1], written)
-    take = torch.from_numpy(drawn.withdrawn_B)[:, None, None, None]
+    take = tensor_for(model, drawn.withdrawn_B)[:, None, None, None]
     ssm = []
     for layer in range(len(before.layers)):
         delta = written.layers[layer].ssm_BHPN - before.layers[layer].ssm_BHPN
         now = out.state.layers[layer].ssm_BHPN
         ssm.append(torch.where(take, withdraw(now, carry(delta, out.decay_LBH[layer])), now))
-    keep = torch.from_numpy(drawn.earlier_B > 0)
+    keep = tensor_for(model, drawn.earlier_B > 0)
     return ModelState(
         tuple(
             type(clean_layer)(

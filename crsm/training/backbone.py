@@ -22,7 +22,7 @@ from crsm.data.tokenizer import Tokenizer
 from crsm.evaluation.statistics import roc_auc
 from crsm.model import CRSM
 from crsm.tasks.base import Task
-from crsm.training.stage import Metrics, Stage, scalar
+from crsm.training.stage import Metrics, Stage, scalar, tensor_for
 
 
 class BackboneStage(Stage):
@@ -88,16 +88,16 @@ class BackboneStage(Stage):
 
 def language_and_value_loss(model: CRSM, batch: Batch) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the next token, and BCE of the values: sums over the batch's positions."""
-    tokens_BT = torch.from_numpy(batch.tokens_BT)
-    hidden_BTLD, _ = model.backbone(tokens_BT, segment_BT=_segments(batch))
+    tokens_BT = tensor_for(model, batch.tokens_BT)
+    hidden_BTLD, _ = model.backbone(tokens_BT, segment_BT=_segments(model, batch))
     # Logits only where they are needed: closed tasks train on answers, a small part of the tokens.
-    target_BT = torch.from_numpy(batch.targets_mask_BT)[:, 1:]
+    target_BT = tensor_for(model, batch.targets_mask_BT)[:, 1:]
     logits_MV = model.logits(hidden_BTLD[:, :-1][target_BT])
     lm = F.cross_entropy(logits_MV, tokens_BT[:, 1:][target_BT], reduction="sum")
-    value_BT = torch.from_numpy(batch.value_mask_BT)
+    value_BT = tensor_for(model, batch.value_mask_BT)
     if not bool(value_BT.any()):
         return lm, lm.new_zeros(())
-    return lm, value_loss(model, hidden_BTLD[value_BT], torch.from_numpy(batch.outcome_BT)[value_BT]).sum()
+    return lm, value_loss(model, hidden_BTLD[value_BT], tensor_for(model, batch.outcome_BT)[value_BT]).sum()
 
 
 def value_loss(model: CRSM, hidden_MLD: Tensor, outcome_M: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ def value_loss(model: CRSM, hidden_MLD: Tensor, outcome_M: Tensor) -> Tensor:
     return heads_M + F.binary_cross_entropy(mixed_M, outcome_M, reduction="none")
 
 
-def _segments(batch: Batch) -> Tensor | None:
-    return torch.from_numpy(batch.segment_BT) if batch.packed else None
+def _segments(model: CRSM, batch: Batch) -> Tensor | None:
+    return tensor_for(model, batch.segment_BT) if batch.packed else None
 
 
 def _value_auc(model: CRSM, batch: Batch) -> list[float]:
@@ -120,7 +120,7 @@ def _value_auc(model: CRSM, batch: Batch) -> list[float]:
     if not value_BT.any():
         return []
     last_BT = value_BT & ~np.pad(value_BT[:, 1:], ((0, 0), (0, 1)))
-    hidden_BTLD, _ = model.backbone(torch.from_numpy(batch.tokens_BT), segment_BT=_segments(batch))
-    values_ML = model.critic(hidden_BTLD[torch.from_numpy(last_BT)]).numpy()
+    hidden_BTLD, _ = model.backbone(tensor_for(model, batch.tokens_BT), segment_BT=_segments(model, batch))
+    values_ML = model.critic(hidden_BTLD[tensor_for(model, last_BT)]).cpu().numpy()
     outcome_M = batch.outcome_BT[last_BT]
     return [roc_auc(values_ML[:, layer], outcome_M) for layer in range(values_ML.shape[1])]

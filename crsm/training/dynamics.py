@@ -54,10 +54,10 @@ class DynamicsStage(Stage):
 
     def forward(self, batch: list[AttemptGroup]) -> tuple[Tensor, Metrics]:
         settings = self.settings
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=self.device)
         metrics: Metrics = {}
         for group in batch:
-            texts = Texts.from_group(group, self.world)
+            texts = Texts.from_group(group, self.world, self.device)
             roots = self._roots(texts)
             trace = trace_backbone(self.model.backbone, texts, roots, self.model.world_model.read_layers)
             steps = list(unroll(self.model, self.model.world_model, trace, texts, settings.unroll))
@@ -140,7 +140,8 @@ def masked_mean(x_M: Tensor, mask_M: Tensor) -> Tensor:
 def unroll(model: CRSM, world_model: WorldModel, trace: Trace, texts: Texts, steps: int) -> Iterator[UnrolledStep]:
     """Unrolls the world model along the answers from all roots at once and compares it with the backbone."""
     sequences, tokens = texts.answer_BT.shape
-    roots_R = torch.tensor(trace.roots)
+    device = texts.answer_BT.device
+    roots_R = torch.tensor(trace.roots, device=device)
     with torch.no_grad():
         target_SBV = model.logits(trace.hidden_SBLD).log_softmax(dim=-1)
         value_SBL = model.critic(trace.hidden_SBLD)
@@ -159,7 +160,7 @@ def unroll(model: CRSM, world_model: WorldModel, trace: Trace, texts: Texts, ste
         latent, imagined_MLD = world_model.advance(latent, snapshot, texts.answer_BT.T[consumed_R - 1].flatten())
         real_M = (consumed_R[:, None] <= texts.length_B).flatten()
         position_M = consumed_R.repeat_interleave(sequences)[real_M]
-        index_M = torch.arange(sequences).repeat(active)[real_M]
+        index_M = torch.arange(sequences, device=device).repeat(active)[real_M]
         imagined_MLD = imagined_MLD[real_M]
         target_MV = target_SBV[consumed_R].flatten(0, 1)[real_M]
         value_ML = value_SBL[consumed_R].flatten(0, 1)[real_M]
@@ -184,6 +185,10 @@ Fidelity = dict[str, list[dict[str, float]]]
 """Per task, a row per number of imagined steps."""
 
 
+MAX_ROOTS = 16
+"""Roots of a fidelity measurement, evenly spaced over the answers (memory grows with them)."""
+
+
 @torch.no_grad()
 def fidelity(
     model: CRSM, world_model: WorldModel, tasks: Sequence[Task], groups: list[AttemptGroup], steps: int
@@ -195,8 +200,9 @@ def fidelity(
     """
     table: Fidelity = {}
     for group in groups:
-        texts = Texts.from_group(group, world=1)
-        roots = tuple(range(texts.answer_BT.shape[1]))
+        texts = Texts.from_group(group, device=model.lm_head.weight.device)
+        every = texts.answer_BT.shape[1]
+        roots = tuple(sorted({every * place // MAX_ROOTS for place in range(MAX_ROOTS)}))
         trace = trace_backbone(model.backbone, texts, roots, world_model.read_layers)
         table[tasks[group.task_index].name] = [
             {
@@ -212,8 +218,8 @@ def fidelity(
 
 
 def _branch_accuracy(step: UnrolledStep, texts: Texts) -> float:
-    index = step.index_M[step.last_M].numpy()
-    value = step.consensus_M[step.last_M].numpy()
+    index = step.index_M[step.last_M].cpu().numpy()
+    value = step.consensus_M[step.last_M].cpu().numpy()
     if len(index) == 0:
         return float("nan")
     return pairwise_branch_accuracy(value, texts.outcome_B[index], texts.problem_B[index])

@@ -22,9 +22,9 @@ from crsm.evaluation.statistics import expected_calibration_error, pairwise_bran
 from crsm.model import CRSM
 from crsm.tasks.base import Task, keyed_rng
 from crsm.training.backbone import value_loss
-from crsm.training.dynamics import masked_mean, unroll
-from crsm.training.stage import Metrics, Stage, scalar
-from crsm.training.traces import Texts, trace_backbone
+from crsm.training.dynamics import unroll
+from crsm.training.stage import Metrics, Stage, scalar, tensor_for
+from crsm.training.traces import Texts, Trace, trace_backbone
 
 
 class JudgmentStage(Stage):
@@ -57,9 +57,9 @@ class JudgmentStage(Stage):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Metrics]:
         with torch.no_grad():
-            hidden_BTLD, _ = self.model.backbone(torch.from_numpy(batch.tokens_BT))
-        value_BT = torch.from_numpy(batch.value_mask_BT)
-        outcome_M = torch.from_numpy(batch.outcome_BT)[value_BT]
+            hidden_BTLD, _ = self.model.backbone(tensor_for(self.model, batch.tokens_BT))
+        value_BT = tensor_for(self.model, batch.value_mask_BT)
+        outcome_M = tensor_for(self.model, batch.outcome_BT)[value_BT]
         loss = value_loss(self.model, hidden_BTLD[value_BT], outcome_M).sum() * self.world / batch.step_values
         return loss, {"loss": scalar(loss), "outcome_rate": float(batch.outcome_B.mean())}
 
@@ -84,41 +84,41 @@ class JudgmentStage(Stage):
         }
 
 
+HORIZON = 4
+"""Imagined steps before the answer's last token from which branches are ranked: what a search typically looks over."""
+
+
 @torch.no_grad()
 def judge(
     model: CRSM, tasks: Sequence[Task], tokenizer: Tokenizer, settings: JudgmentStageConfig, seed: int
 ) -> dict[str, dict[str, float]]:
     """Per task, on held-out attempts at the last token before the verdict: AUC, ECE and pairwise branch accuracy of the
-    consensus, as the backbone sees it and as the world model imagines it from the answer's beginning."""
+    consensus, as the backbone sees it, and branch accuracy as the world model imagines it from ``HORIZON`` tokens
+    before."""
     table = {}
     groups = attempt_groups(
         tasks, tokenizer, attempts=4, seed=seed, step=1, batch=settings.evaluate_problems, split="valid"
     )
     for group in groups:
-        texts = Texts.from_group(group, world=1)
-        roots = (0,)
+        texts = Texts.from_group(group, device=model.lm_head.weight.device)
+        roots = tuple(sorted({max(0, int(length) - 1 - HORIZON) for length in texts.length_B}))
         trace = trace_backbone(model.backbone, texts, roots, model.world_model.read_layers)
-        rows = torch.arange(len(texts.length_B))
-        values_BL = model.critic(trace.hidden_SBLD[texts.length_B - 1, rows])
-        consensus_B = model.critic.consensus(values_BL).numpy()
-        mixed_B = (model.critic.consensus_weights_L * values_BL).sum(dim=1).numpy()
-        imagined: list[float] = []
-        errors = []
-        for step in unroll(model, model.world_model, trace, texts, int(texts.length_B.max()) - 1):
-            errors.append(scalar(masked_mean(step.value_error_M, step.judged_M)))
-            if bool(step.last_M.any()):
-                index = step.index_M[step.last_M].numpy()
-                imagined.append(
-                    pairwise_branch_accuracy(
-                        step.consensus_M[step.last_M].numpy(), texts.outcome_B[index], texts.problem_B[index]
-                    )
-                )
-        ranked = [value for value in imagined if not np.isnan(value)]
+        values_BL = model.critic(
+            trace.hidden_SBLD[texts.length_B - 1, torch.arange(len(texts.length_B), device=texts.length_B.device)]
+        )
+        consensus_B = model.critic.consensus(values_BL).cpu().numpy()
+        mixed_B = (model.critic.consensus_weights_L * values_BL).sum(dim=1).cpu().numpy()
         table[tasks[group.task_index].name] = {
             "auc": roc_auc(consensus_B, texts.outcome_B),
             "ece": expected_calibration_error(mixed_B, texts.outcome_B),
             "branch_accuracy": pairwise_branch_accuracy(consensus_B, texts.outcome_B, texts.problem_B),
-            "imagined_branch_accuracy": float(np.mean(ranked)) if ranked else float("nan"),
-            "imagined_value_error": float(np.mean(errors)),
+            "imagined_branch_accuracy": _imagined_branch_accuracy(model, trace, texts),
         }
     return table
+
+
+def _imagined_branch_accuracy(model: CRSM, trace: Trace, texts: Texts) -> float:
+    steps = list(unroll(model, model.world_model, trace, texts, HORIZON))
+    index = np.concatenate([step.index_M[step.last_M].cpu().numpy() for step in steps])
+    value = np.concatenate([step.consensus_M[step.last_M].cpu().numpy() for step in steps])
+    return pairwise_branch_accuracy(value, texts.outcome_B[index], texts.problem_B[index])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from crsm.config import StageConfig
@@ -29,6 +31,10 @@ class Stage(nn.Module):
         self.world = 1
         """Number of workers; set by the loop. Losses are ``world · own sum / step total``, averaged over workers."""
         freeze_all_but(model, self.trains)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
 
     def batch(self, step: int, micro: int, rank: int, world: int) -> Any:
         """The part of micro-batch ``micro`` of optimizer step ``step`` that belongs to ``rank``."""
@@ -61,6 +67,11 @@ def freeze_all_but(model: CRSM, parts: Iterable[str]) -> None:
     for part in parts:
         for parameter in getattr(model, part).parameters():
             parameter.requires_grad_(True)
+
+
+def tensor_for(model: CRSM, array: np.ndarray) -> Tensor:
+    """The array as a tensor where the model's weights are."""
+    return torch.from_numpy(array).to(model.lm_head.weight.device)
 
 
 def scalar(value: Tensor) -> float:

@@ -40,31 +40,44 @@ class Texts:
     """This worker's weight of the group in the step's mean, times the number of workers."""
 
     @classmethod
-    def from_group(cls, group: AttemptGroup, world: int) -> Texts:
+    def from_group(cls, group: AttemptGroup, world: int = 1, device: torch.device | str = "cpu") -> Texts:
         """Prompts of one length are run once for all attempts. Others are cut where the shortest ends, and what is left
-        of a prompt counts as the beginning of its answer's row."""
+        of a prompt counts as the beginning of its answer's row.
+
+        Args:
+            group: the texts.
+            world: number of workers that share the step.
+            device: where the tensors shall be.
+        """
         problems, attempts, _ = group.answers_BAt.shape
         share = world * problems / group.step_problems
         outcome_B = group.outcome_BA.reshape(-1).astype(bool)
         problem_B = np.repeat(np.arange(problems), attempts)
         length_B = torch.from_numpy(group.answer_lengths_BA.reshape(-1))
-        if group.equal_prompts:
-            answers = torch.from_numpy(group.answers_BAt.reshape(problems * attempts, -1))
-            start_B = torch.zeros_like(length_B)
-            return cls(
-                torch.from_numpy(group.prompts_BT), answers, length_B, start_B, attempts, outcome_B, problem_B, share
-            )
-        common = int(group.prompt_lengths_B.min())
-        start_B = torch.from_numpy(np.repeat(group.prompt_lengths_B - common, attempts))
-        length_B = length_B + start_B
-        rows_BT = torch.zeros(problems * attempts, int(length_B.max()), dtype=torch.long)
-        flat = group.answers_BAt.reshape(problems * attempts, -1)
-        for row, problem in enumerate(problem_B):
-            start, end = int(start_B[row]), int(length_B[row])
-            rows_BT[row, :start] = torch.from_numpy(group.prompts_BT[problem, common : common + start])
-            rows_BT[row, start:end] = torch.from_numpy(flat[row, : end - start])
-        prompts = torch.from_numpy(group.prompts_BT[:, :common])
-        return cls(prompts, rows_BT, length_B, start_B, attempts, outcome_B, problem_B, share)
+        flat_BT = torch.from_numpy(group.answers_BAt.reshape(problems * attempts, -1))
+        start_B = torch.zeros_like(length_B)
+        prompts_BT = torch.from_numpy(group.prompts_BT)
+        answer_BT = flat_BT
+        if not group.equal_prompts:
+            common = int(group.prompt_lengths_B.min())
+            start_B = torch.from_numpy(np.repeat(group.prompt_lengths_B - common, attempts))
+            length_B = length_B + start_B
+            answer_BT = torch.zeros(problems * attempts, int(length_B.max()), dtype=torch.long)
+            for row, problem in enumerate(problem_B):
+                start, end = int(start_B[row]), int(length_B[row])
+                answer_BT[row, :start] = prompts_BT[problem, common : common + start]
+                answer_BT[row, start:end] = flat_BT[row, : end - start]
+            prompts_BT = prompts_BT[:, :common]
+        return cls(
+            prompt_BT=prompts_BT.to(device),
+            answer_BT=answer_BT.to(device),
+            length_B=length_B.to(device),
+            start_B=start_B.to(device),
+            attempts=attempts,
+            outcome_B=outcome_B,
+            problem_B=problem_B,
+            share=share,
+        )
 
 
 class Trace(NamedTuple):

@@ -1,0 +1,87 @@
+"""Connects to a Ray cluster, or starts a local one.
+
+Invariants:
+
+* a Ray that this process has already initialised is used as it is, and left as it is;
+* an address, given or in ``RAY_ADDRESS``, is connected to, and only disconnected from;
+* only a local cluster that was started here is shut down here;
+* a worker imports the ``crsm`` and ``actors`` that its driver imports: a local cluster inherits the path of a source
+  tree, a remote one gets the packages of a source tree uploaded; installed packages are left to the cluster's nodes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from crsm.config import core_count
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The folder that holds the packages: a source tree, or ``site-packages``."""
+PACKAGES = ("crsm", "actors", "jobs")
+MIN_CPUS = 4
+"""Logical CPUs of a local cluster at least: a small machine is shared rather than an actor left without a place."""
+
+
+@contextmanager
+def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterator[None]:
+    """Ray for the time of a ``with`` block.
+
+    Args:
+        address: the cluster; None: ``RAY_ADDRESS`` if it is set, else a new local cluster.
+        num_cpus: logical CPUs of a local cluster; None: the cores of this machine, at least ``MIN_CPUS``.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        ray.init(address=address, runtime_env=upload_env(), logging_level=logging.WARNING)
+    else:
+        with _inherited_path():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus or max(core_count(), MIN_CPUS),
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def upload_env() -> dict[str, Any]:
+    """The runtime environment that brings the packages to a cluster's workers; empty if they are installed."""
+    if is_installed():
+        return {}
+    return {"py_modules": [str(ROOT / name) for name in PACKAGES if (ROOT / name).is_dir()]}
+
+
+def is_installed() -> bool:
+    """Whether the packages lie where every worker of the same environment finds them."""
+    return ROOT in {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
+
+
+@contextmanager
+def _inherited_path() -> Iterator[None]:
+    """``PYTHONPATH`` for the processes started meanwhile: Ray's daemons hand their environment to the workers."""
+    before = os.environ.get("PYTHONPATH")
+    if not is_installed():
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), before)))
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("PYTHONPATH", None)
+        else:
+            os.environ["PYTHONPATH"] = before

@@ -1,0 +1,141 @@
+"""A fleet of actors that answers problems with both systems, for stage 3.
+
+Invariants:
+
+* a job says everything that decides its records; which actor does it, and after how many deaths, changes nothing;
+* the work of a dead actor is given to another, a bounded number of times; an error *in* a job is the caller's;
+* records are plain data, in the order of the jobs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+import torch
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+from actors.weights import Weights, open_source
+from crsm.config import Config
+from crsm.evaluation.rollouts import roll_out
+from crsm.tasks import Split, build_tasks
+
+MAX_TRIES = 3
+"""Actors that may die over one job before it is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutJob:
+    """Problems ``first`` to ``first + count`` of a task's stream, answered by one system."""
+
+    task: str
+    split: Split
+    problem_seed: int
+    first: int
+    count: int
+    system: Literal[1, 2]
+    temperature: float
+    sampling_seed: int
+    """Problem ``i`` of the stream is sampled with ``sampling_seed + i``."""
+
+
+Record = dict[str, Any]
+"""``task``, ``split``, ``problem_seed``, ``index``, ``system``, ``prompt`` and ``answer`` (tokens), ``text``,
+``correct``."""
+
+
+class RolloutActor:
+    """Answers problems with a checkpoint of its own."""
+
+    def __init__(self, source: str | Weights, config: Config, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._checkpoint = open_source(source)
+        # The run's settings of search and sampling, with the sizes that the checkpoint has.
+        model = self._checkpoint.model
+        model.config = config.model_copy(update={"model": model.config.model})
+        self._tasks = {task.name: task for task in build_tasks(config.tasks)}
+
+    def roll_out(self, job: RolloutJob) -> list[Record]:
+        task = self._tasks[job.task]
+        indices = range(job.first, job.first + job.count)
+        rollouts = roll_out(
+            self._checkpoint,
+            task,
+            [task.generate(job.problem_seed, job.split, index) for index in indices],
+            system=job.system,
+            temperature=job.temperature,
+            seed=job.sampling_seed + job.first,
+        )
+        return [
+            {
+                "task": job.task,
+                "split": job.split,
+                "problem_seed": job.problem_seed,
+                "index": index,
+                "system": job.system,
+                "prompt": list(rollout.prompt),
+                "answer": list(rollout.answer),
+                "text": self._checkpoint.tokenizer.decode(rollout.answer),
+                "correct": rollout.correct,
+            }
+            for index, rollout in zip(indices, rollouts, strict=True)
+        ]
+
+
+def run_fleet(
+    jobs: Sequence[RolloutJob],
+    start_actor: Callable[[], ActorHandle],
+    actors: int,
+    on_done: Callable[[int, int], None] = lambda done, deaths: None,
+) -> list[Record]:
+    """Gives jobs to actors, one at a time each, until all are done.
+
+    Args:
+        jobs: what to do.
+        start_actor: makes an actor with a method ``roll_out(job)``; called again for every one that dies.
+        actors: how many work at once.
+        on_done: called with the number of finished jobs and of deaths.
+
+    Raises:
+        RuntimeError: a job was given up after ``MAX_TRIES`` actors died over it.
+    """
+    waiting = deque(range(len(jobs)))
+    tries = [0] * len(jobs)
+    results: dict[int, list[Record]] = {}
+    idle = [start_actor() for _ in range(min(actors, len(jobs)))]
+    running: dict[Any, tuple[ActorHandle, int]] = {}
+    deaths = 0
+    try:
+        while waiting or running:
+            while waiting and idle:
+                actor, index = idle.pop(), waiting.popleft()
+                running[actor.roll_out.remote(jobs[index])] = (actor, index)
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            actor, index = running.pop(ready)
+            try:
+                results[index] = ray.get(ready)
+            except RayActorError as error:
+                deaths += 1
+                tries[index] += 1
+                if tries[index] >= MAX_TRIES:
+                    raise RuntimeError(f"{jobs[index]}: {MAX_TRIES} actors died over it") from error
+                _end(actor)
+                waiting.appendleft(index)
+                idle.append(start_actor())
+            else:
+                idle.append(actor)
+            on_done(len(results), deaths)
+    finally:
+        for actor in [*idle, *(actor for actor, _ in running.values())]:
+            _end(actor)
+    return [record for index in range(len(jobs)) for record in results[index]]
+
+
+def _end(actor: ActorHandle) -> None:
+    with contextlib.suppress(RayActorError):
+        ray.kill(actor)

@@ -1,0 +1,167 @@
+"""What jobs that measure a checkpoint share: its settings with changes on top, its tasks, planners of every kind."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from crsm.config import Config
+    from crsm.model import Checkpoint
+    from crsm.planners import Planners
+    from crsm.tasks.base import Task
+
+CheckpointOption = Annotated[
+    str, typer.Option("--checkpoint", metavar="NAME", help="A checkpoint's folder, or the name of a shipped one.")
+]
+
+_WORLD_MODEL_KIND = ("model", "world_model", "kind")
+"""The one setting of ``model`` that fixes no shape: which world model plans."""
+
+
+class PlannerKind(str, enum.Enum):
+    """Where planners run."""
+
+    INLINE = "inline"
+    """In the engine's own thread: the synchronous reference."""
+    THREADS = "threads"
+    ACTORS = "actors"
+    """Ray actors."""
+
+
+def load_with_settings(
+    name: str | Path, config: str | Path | None = None, overrides: Iterable[str] | None = None, seed: int | None = None
+) -> Checkpoint:
+    """A checkpoint whose settings are its own, those that ``config`` states, ``overrides`` and ``seed`` on top.
+
+    Raises:
+        ValueError: as :func:`crsm.model.load_checkpoint` and :func:`merge_settings`.
+    """
+    from crsm.model import load_checkpoint
+    from jobs.command import commit
+
+    commit()  # of the code that starts; it may be another by the time the result is written
+    checkpoint = load_checkpoint(name)
+    checkpoint.model.config = merge_settings(checkpoint.config, config, overrides, seed)
+    return checkpoint
+
+
+def merge_settings(
+    saved: Config, config: str | Path | None = None, overrides: Iterable[str] | None = None, seed: int | None = None
+) -> Config:
+    """Settings of a checkpoint with changes on top.
+
+    Args:
+        saved: the checkpoint's.
+        config: a YAML file; what it states replaces what the checkpoint says, the rest stays.
+        overrides: ``section.key=value``, the later ones winning.
+        seed: the last word on ``seed``.
+
+    Raises:
+        ValueError: a key or value that is not allowed, or a change of what the weights were made for.
+    """
+    from crsm.config import apply_override, load_config, parse_config
+
+    tree = saved.model_dump(mode="json")
+    source = "checkpoint"
+    if config is not None:
+        _merge(tree, load_config(config).model_dump(mode="json", exclude_unset=True))
+        source = str(config)
+    changes = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
+    for change in changes:
+        apply_override(tree, change)
+    merged = parse_config(tree, source=f"--set {' '.join(changes)}" if changes else source)
+    for section in ("model", "tokenizer"):
+        _check_unchanged(getattr(saved, section).model_dump(), getattr(merged, section).model_dump(), (section,))
+    return merged
+
+
+def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _check_unchanged(saved: Any, asked: Any, path: tuple[str, ...]) -> None:
+    if isinstance(saved, dict):
+        for key in saved:
+            _check_unchanged(saved[key], asked[key], (*path, key))
+    elif saved != asked and path != _WORLD_MODEL_KIND and not (path[-1] == "vocab_size" and asked == 0):
+        raise ValueError(f"{'.'.join(path)} = {asked!r}; allowed: {saved!r}, for which the checkpoint was made")
+
+
+def pick_task(config: Config, name: str) -> Task:
+    """One of the tasks of the settings, by name.
+
+    Raises:
+        ValueError: no such task; those there are, are listed.
+    """
+    from crsm.tasks import build_task
+
+    for task in config.tasks:
+        if task.name == name:
+            return build_task(task)
+    raise ValueError(f"task = {name!r}; allowed: {', '.join(task.name for task in config.tasks)}")
+
+
+@contextlib.contextmanager
+def planner_factory(kind: PlannerKind, checkpoint: Checkpoint) -> Iterator[Callable[[], Planners]]:
+    """Makes planners of one kind, each time new ones, by the checkpoint's settings; Ray runs meanwhile if it is needed.
+
+    None of them sheds requests: they are for the virtual clock, which waits.
+    """
+    from crsm.planners import InlinePlanners, ThreadPlanners
+    from crsm.reasoning import Deliberator
+
+    settings = checkpoint.config.planners
+    if kind is PlannerKind.INLINE:
+        yield lambda: InlinePlanners(Deliberator.from_checkpoint(checkpoint), settings.max_batch)
+        return
+    if settings.count < 1:
+        raise ValueError(f"planners.count = {settings.count}; allowed: at least 1 for planners as {kind.value}")
+    if kind is PlannerKind.THREADS:
+        yield lambda: ThreadPlanners(Deliberator.from_checkpoint(checkpoint), settings.count, settings.max_batch)
+        return
+    from actors.cluster import start_ray
+    from actors.pool import PlannerPool
+
+    def ready_pool() -> Planners:
+        pool = PlannerPool(checkpoint, settings, shed=False)
+        if not pool.wait_until_ready():
+            pool.close()
+            raise OSError(f"no planner actor could be started: {pool.stats().last_error or 'no reason was given'}")
+        return pool
+
+    with start_ray():
+        yield ready_pool
+
+
+def limit_threads(threads: int = 1) -> int:
+    """Threads of torch in this process. One by default, so that figures are the same bits on every machine."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return threads
+
+
+def print_table(title: str, columns: list[str], rows: Iterable[Iterable[str]]) -> None:
+    """A table on standard error; the first column is text, the others are figures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=sys.stderr)
+    # A file has no width: nothing is to be cut there.
+    console.print(table, width=None if console.is_terminal else 200, markup=False)
