@@ -148,7 +148,7 @@ class PlannerPool:
         config: PlannersConfig = PlannersConfig(),
         settings: PlannerSettings = AS_TRAINED,
         *,
-        shed: bool = True,
+        shed: bool,
         restart: RestartPolicy = DEFAULT_RESTART,
         num_cpus: float = 1.0,
         planner_class: type = PlannerActor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +14,9 @@ import typer
 if TYPE_CHECKING:
     from crsm.config import Config
     from crsm.model import Checkpoint
-    from crsm.planners import Planners
+    from crsm.planners import Arrivals, Planners
     from crsm.tasks.base import Task
+    from crsm.types import PlanRequest
 
 CheckpointOption = Annotated[
     str, typer.Option("--checkpoint", metavar="NAME", help="A checkpoint's folder, or the name of a shipped one.")
@@ -130,18 +131,59 @@ def planner_factory(kind: PlannerKind, checkpoint: Checkpoint) -> Iterator[Calla
     if kind is PlannerKind.THREADS:
         yield lambda: ThreadPlanners(Deliberator.from_checkpoint(checkpoint), settings.count, settings.max_batch)
         return
+    with planner_actors(checkpoint) as pool:
+        yield lambda: LentPlanners(pool)
+
+
+@contextlib.contextmanager
+def planner_actors(checkpoint: Checkpoint) -> Iterator[Planners]:
+    """A pool of planner actors that are ready, and Ray, for the time of a ``with`` block.
+
+    Raises:
+        OSError: no actor could be started; the reason is named.
+    """
     from actors.cluster import start_ray
     from actors.pool import PlannerPool
 
-    def ready_pool() -> Planners:
-        pool = PlannerPool(checkpoint, settings, shed=False)
-        if not pool.wait_until_ready():
-            pool.close()
-            raise OSError(f"no planner actor could be started: {pool.stats().last_error or 'no reason was given'}")
-        return pool
-
     with start_ray():
-        yield ready_pool
+        pool = PlannerPool(checkpoint, checkpoint.config.planners, shed=False)
+        try:
+            if not pool.wait_until_ready():
+                raise OSError(f"no planner actor could be started: {pool.stats().last_error or 'no reason was given'}")
+            yield pool
+        finally:
+            pool.close()
+
+
+class LentPlanners:
+    """The same planners for one engine after the other.
+
+    An engine numbers its requests from 0 and may leave some behind: ``close`` waits until all have come back, so that
+    no plan reaches the next engine, and leaves the planners alive.
+    """
+
+    def __init__(self, inner: Planners) -> None:
+        self._inner = inner
+        self._out: set[int] = set()
+
+    def submit(self, requests: Sequence[PlanRequest]) -> None:
+        self._out.update(request.request_id for request in requests)
+        self._inner.submit(requests)
+
+    def poll(self) -> Arrivals:
+        return self._seen(self._inner.poll())
+
+    def wait(self, request_ids: Collection[int]) -> Arrivals:
+        return self._seen(self._inner.wait(request_ids))
+
+    def close(self) -> None:
+        while self._out:
+            self._seen(self._inner.wait(tuple(self._out)))
+
+    def _seen(self, arrivals: Arrivals) -> Arrivals:
+        self._out.difference_update(plan.request_id for plan in arrivals.plans)
+        self._out.difference_update(request.request_id for request in arrivals.lost)
+        return arrivals
 
 
 def limit_threads(threads: int = 1) -> int:
@@ -156,12 +198,12 @@ def print_table(title: str, columns: list[str], rows: Iterable[Iterable[str]]) -
     """A table on standard error; the first column is text, the others are figures."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(title, "bold"), title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*row)
-    console = Console(file=sys.stderr)
+        table.add_row(*(Text(cell) for cell in row))
     # A file has no width: nothing is to be cut there.
-    console.print(table, width=None if console.is_terminal else 200, markup=False)
+    Console(file=sys.stderr, width=None if sys.stderr.isatty() else 200).print(table)

@@ -51,7 +51,7 @@ def bootstrap(settings: Config, source: str | Path | None, storage: Path, name: 
     print(f"bootstrap: {describe_outcome(outcome)}", file=sys.stderr)
     path = run_folder(storage, name) / FOLDER / "attempts.jsonl"
     if not path.is_file():
-        records = roll_out_jobs(settings, outcome.checkpoint, plan_attempts(settings), title="attempts")
+        records = roll_out_jobs(settings, outcome.checkpoint, plan_attempts(settings), "attempts")
         write_atomically(path, attempts_jsonl(settings, records))
     return with_attempts(settings, path), outcome.checkpoint
 

@@ -102,6 +102,7 @@ def train(
     settings: Config, stages: list[str], checkpoint: str | Path | None, storage: Path, name: str
 ) -> list[Outcome]:
     """Runs stages in a row, each starting from what the one before left."""
+    from jobs.make_attempts import bootstrap, needs_attempts
     from jobs.stage_3_value_head import describe_judgment, train_judgment
 
     source = checkpoint
@@ -110,6 +111,8 @@ def train(
     outcomes: list[Outcome] = []
     with cluster():
         for stage in stages:
+            if stage == "stage_1" and needs_attempts(settings):
+                settings, source = bootstrap(settings, source, storage, name)
             if stage == "stage_3":
                 assert source is not None
                 outcome = train_judgment(settings, source, storage, name)

@@ -138,7 +138,7 @@ def collect(settings: Config, source: str | Path, folder: Path, index: int, earl
             raise ValueError(f"{error}; allowed: the same settings, another --name, or --fresh") from error
         return path
     with cluster():
-        records = _roll_out(settings, source, plan_jobs(settings, index))
+        records = roll_out_jobs(settings, source, plan_jobs(settings, index), "stage_3 roll-outs")
     rounds = (
         [] if earlier is None else jsonlib.loads(earlier.with_suffix(".json").read_text(encoding="utf-8"))["rounds"]
     )
@@ -188,7 +188,8 @@ def accuracies(records: list[Record]) -> dict[str, dict[int, float]]:
     }
 
 
-def _roll_out(settings: Config, source: str | Path, jobs: list[RolloutJob]) -> list[Record]:
+def roll_out_jobs(settings: Config, source: str | Path, jobs: list[RolloutJob], title: str) -> list[Record]:
+    """Runs jobs on a fleet of ``stage_3.actors`` actors of the running Ray session, each with the checkpoint ``source``."""
     import ray
 
     from actors.rollouts import RolloutActor, run_fleet
@@ -196,11 +197,11 @@ def _roll_out(settings: Config, source: str | Path, jobs: list[RolloutJob]) -> l
     from crsm.model import resolve_checkpoint
 
     actors = settings.stage_3.actors
-    require_resources({"CPU": float(actors)}, f"stage_3 with stage_3.actors = {actors}")
+    require_resources({"CPU": float(actors)}, f"{title} with stage_3.actors = {actors}")
     threads = settings.train.threads or max(1, core_count() // actors)
     remote = ray.remote(num_cpus=1)(RolloutActor)
     path = str(resolve_checkpoint(source).resolve())
-    with Progress(f"stage_3 roll-outs by {actors} actors", len(jobs)) as progress:
+    with Progress(f"{title} by {actors} actors", len(jobs)) as progress:
         progress.update(0)
 
         def show(done: int, deaths: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +22,8 @@ POSITIONS = 5
 def main(
     checkpoint: CheckpointOption = "nano",
     task: Annotated[
-        list[str] | None, typer.Option("--task", metavar="NAME", help="Repeatable; all tasks of the checkpoint if none.")
+        list[str] | None,
+        typer.Option("--task", metavar="NAME", help="Repeatable; all tasks of the checkpoint if none."),
     ] = None,
     problems: Annotated[int, typer.Option("--problems", min=1, help="Fresh test problems of each task.")] = 200,
     rate: Annotated[
@@ -110,8 +112,8 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     means = {}
     for name, group in groups.items():
         # A plan that reaches the end of the answer leaves nothing after it: NaN, which does not count.
-        found = {key: [row[key] for row in group if row[key] == row[key]] for key in keys}
-        means[name] = {key: sum(values) / len(values) if values else float("nan") for key, values in found.items()}
+        found = {key: [row[key] for row in group if not math.isnan(row[key])] for key in keys}
+        means[name] = {key: sum(values) / len(values) if values else math.nan for key, values in found.items()}
     return means
 
 
@@ -129,7 +131,7 @@ def _print(checkpoint: Checkpoint, results: dict[str, Any]) -> None:
                     f"{row['alone']:.3f}",
                     f"{row['log_prob_gain']:+.2f}",
                     f"{row['next_kl']:.3f}",
-                    f"{row['after_kl']:.4f}",
+                    "none after" if math.isnan(row["after_kl"]) else f"{row['after_kl']:.4f}",
                 )
                 for row in result["rows"]
             ),

@@ -65,7 +65,8 @@ def test_no_write_makes_a_heads_norm_grow(
     state = draw(state_seed, min(state_scale, 1e12))
     got = inject(state, draw(write_seed, write_scale), torch.tensor([gate, 1.0]))
     assert got.isfinite().all()
-    assert (norms_of(got) <= norms_of(state) * (1 + 1e-6) + 1e-37).all()
+    # Squares of numbers under 1e-19 are 0 in fp32: norms that small cannot be told from 0.
+    assert (norms_of(got) <= norms_of(state) * (1 + 1e-6) + 1e-18).all()
 
 
 def test_a_write_whose_product_overflows_leaves_a_finite_state() -> None:
@@ -108,9 +109,9 @@ def test_withdrawing_right_after_injecting_restores_the_state_where_nothing_was_
     state = draw(0, 1.0)
     written = inject(state, draw(1, 3.0), torch.tensor([0.2, 0.5]))
     delta = written - state
-    # A larger norm elsewhere in the head leaves room to withdraw without clipping.
+    # A large entry that the withdrawal makes smaller leaves room for the others to grow without clipping.
     aside = torch.zeros_like(state)
-    aside[..., 0, 0] = 100.0
+    aside[..., 0, 0] = 100.0 * delta[..., 0, 0].sign()
     np.testing.assert_allclose(withdraw(written + aside, delta), state + aside, atol=2e-5)
 
 

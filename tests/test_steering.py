@@ -72,6 +72,8 @@ def test_a_late_write_is_carried_exactly(seed: int, late: int) -> None:
     same and no clipping interferes: Mamba-2 has one decay per head and step."""
     checkpoint = _checkpoint()
     state = random_state(checkpoint)
+    # Large beside what a few tokens add, so that the write goes on pointing inwards.
+    state = state.with_ssm(tuple(20 * layer.ssm_BHPN for layer in state.layers))
     plan = _inward_plan(checkpoint, state, seed)
     on_time, steering = steer(state, no_steering(state), {0: injection_at(plan, 6)}, [6], [False])
     delayed, memory = state, no_steering(state)
@@ -81,8 +83,9 @@ def test_a_late_write_is_carried_exactly(seed: int, late: int) -> None:
     before = delayed
     delayed, _ = steer(delayed, memory, {0: injection_at(plan, 6 + late)}, [6 + late], [False])
     moved = (delayed.layers[0].ssm_BHPN - before.layers[0].ssm_BHPN).norm()
+    scale = delayed.layers[0].ssm_BHPN.abs().max()
     difference = (delayed.layers[0].ssm_BHPN - on_time.layers[0].ssm_BHPN).abs().max()
-    assert difference < 1e-6 and moved > 1e-3, (difference, moved)
+    assert difference < 1e-6 * scale and moved > 1e-2 * scale, (difference, moved, scale)
 
 
 def _inward_plan(checkpoint: Checkpoint, state: ModelState, seed: int) -> Plan:
@@ -91,7 +94,7 @@ def _inward_plan(checkpoint: Checkpoint, state: ModelState, seed: int) -> Plan:
     rows = []
     for layer, b_RN in zip(state.layers, plan.write_b_LRN, strict=True):
         read_HP = layer.ssm_BHPN[0] @ torch.tensor(b_RN[0])
-        rows.append((-0.05 * read_HP / float((b_RN[0] ** 2).sum())).flatten()[None].numpy())
+        rows.append((-0.5 * read_HP / float((b_RN[0] ** 2).sum())).flatten()[None].numpy())
     return dataclasses.replace(plan, write_u_LRE=np.stack(rows))
 
 

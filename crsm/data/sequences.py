@@ -362,8 +362,8 @@ def attempt_groups(
     step_problems = sum(len(group.problems) for group in groups)
     step_answer_tokens = sum(int(group.answer_mask_BAt.sum()) for group in groups)
     parts = []
-    for group in groups:
-        part = group.rows(_part(len(group.problems), rank, world))
+    for group, rows in zip(groups, _parts([len(group.problems) for group in groups], rank, world), strict=True):
+        part = group.rows(rows)
         if part.problems:
             parts.append(replace(part, step_problems=step_problems, step_answer_tokens=step_answer_tokens))
     if not parts:
@@ -398,18 +398,30 @@ def _shares(tasks: Seq[Task], batch: int) -> list[int]:
     return counts
 
 
-def _part(rows: int, rank: int, world: int) -> slice:
+def _parts(rows: Seq[int], rank: int, world: int) -> list[slice]:
+    """One worker's rows of each group; over all groups, workers differ by one row at most.
+
+    Each group is cut into runs in the order of the workers. The rows that do not divide go to one worker each, and the
+    next group goes on with the worker at which this one stopped.
+    """
     if not 0 <= rank < world:
         raise ValueError(f"rank = {rank}; allowed: 0 to {world - 1}")
-    return slice(rows * rank // world, rows * (rank + 1) // world)
+    slices, first_extra = [], 0
+    for count in rows:
+        base, extra = divmod(count, world)
+        sizes = [base + ((worker - first_extra) % world < extra) for worker in range(world)]
+        start = sum(sizes[:rank])
+        slices.append(slice(start, start + sizes[rank]))
+        first_extra = (first_extra + extra) % world
+    return slices
 
 
 def _worker_part(batches: list[Batch], rank: int, world: int) -> list[Batch]:
     step_targets = sum(int(batch.targets_mask_BT.sum()) for batch in batches)
     step_values = sum(int(batch.value_mask_BT.sum()) for batch in batches)
     parts = []
-    for batch in batches:
-        part = batch.rows(_part(batch.num_rows, rank, world))
+    for batch, rows in zip(batches, _parts([batch.num_rows for batch in batches], rank, world), strict=True):
+        part = batch.rows(rows)
         if part.num_rows:
             parts.append(replace(part, step_targets=step_targets, step_values=step_values))
     if not parts:

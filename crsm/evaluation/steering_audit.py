@@ -147,7 +147,8 @@ def audit_writes(
     def likelihood(log_probs_BTV: Tensor) -> Tensor:
         return log_probs_BTV.gather(2, said_BT[..., None]).squeeze(2)[:, planned].sum(dim=1)
 
-    kl_BT = (plain_BTV.exp() * (plain_BTV - steered_BTV)).sum(dim=-1)
+    # Not negative but for rounding.
+    kl_BT = (plain_BTV.exp() * (plain_BTV - steered_BTV)).sum(dim=-1).clamp_min(0)
     return Audit(
         whole(steered_BTV),
         whole(plain_BTV),

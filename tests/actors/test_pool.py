@@ -12,17 +12,16 @@ from typing import Any
 
 import pytest
 import ray
-import torch
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectStoreFullError, RayTaskError
 
 from actors.planner import PlannerActor, PlannerSettings
 from actors.pool import PlannerPool, classify
 from actors.scheduling import Failure, RestartPolicy
-from crsm.config import PlannersConfig
+from crsm.config import EngineConfig, PlannersConfig
 from crsm.engine import Engine
 from crsm.model import Checkpoint
 from crsm.planners import Arrivals, Planners, ThreadPlanners
-from crsm.types import PlanRequest, Reason
+from crsm.types import Plan, PlanRequest, Reason
 from tests.actors.helpers import WALL, generations, is_running, make_requests, run, slow_planner_class, until
 from tests.fixtures import tiny_checkpoint
 
@@ -34,10 +33,10 @@ NEVER_RESTART = RestartPolicy(max_restarts=0)
 @contextmanager
 def pool_of(checkpoint: Checkpoint, count: int = 1, **settings: Any) -> Iterator[PlannerPool]:
     """A pool whose planners are ready; afterwards their processes must be gone."""
-    config = PlannersConfig(
-        count=count, max_batch=settings.pop("max_batch", 2), max_in_flight=settings.pop("max_in_flight", 2)
+    sizes = {name: settings.pop(name, default) for name, default in (("max_batch", 2), ("threads", 1))}
+    pool = PlannerPool(
+        checkpoint, PlannersConfig(count=count, **sizes), **({"num_cpus": 0.5, "shed": False} | settings)
     )
-    pool = PlannerPool(checkpoint, config, num_cpus=0.5, **settings)
     pids: tuple[int, ...] = ()
     try:
         assert pool.wait_until_ready() == count
@@ -85,7 +84,7 @@ def test_virtual_clock_threads_and_actors_say_the_same_with_the_same_metrics(
     reference = engine_with(threads)
     expected = run(reference, generations(lag=lag))
     threads.close()
-    with pool_of(checkpoint, count=2, max_batch=3, settings=settings, shed=False) as pool:
+    with pool_of(checkpoint, count=2, max_batch=3, settings=settings) as pool:
         engine = engine_with(pool)
         assert run(engine, generations(lag=lag)) == expected != plain
         stats = pool.stats()
@@ -131,29 +130,30 @@ def test_a_planner_that_dies_idle_is_noticed_and_replaced(checkpoint: Checkpoint
         assert pool.stats().lost_with_planner == 0 and pool.stats().pids != (pid,)
 
 
-@pytest.mark.parametrize("clock", ["wall", "virtual"])
-def test_with_all_planners_killed_the_engine_goes_on_as_system_1(checkpoint: Checkpoint, clock: str) -> None:
+def test_with_all_planners_killed_the_engine_goes_on_as_system_1(checkpoint: Checkpoint) -> None:
     expected = run(Engine(checkpoint), generations())
-    config = WALL.model_copy(update={"clock": clock})
-    with pool_of(checkpoint, count=2, shed=clock == "wall", restart=NEVER_RESTART) as pool:
+    with pool_of(checkpoint, count=2, restart=NEVER_RESTART) as pool:
         for pid in pool.stats().pids:
             os.kill(pid, signal.SIGKILL)
         until(lambda: pool.stats().planners == {"retired": 2})
-        engine = Engine(checkpoint, pool, config)
-        assert run(engine, generations()) == expected
-        until(lambda: pool.stats().stranded == engine.metrics.requests > 0)
-        outcomes = engine.metrics.outcomes
-        assert sum(outcomes.values()) == engine.metrics.requests
-        assert set(outcomes) <= {Reason.LOST, Reason.ENDED}
-        if clock == "virtual":
-            assert outcomes[Reason.LOST] > 0
+        asked = 0
+        for config in (EngineConfig(clock="virtual"), WALL):
+            engine = Engine(checkpoint, pool, config)
+            assert run(engine, generations()) == expected
+            outcomes = engine.metrics.outcomes
+            assert sum(outcomes.values()) == engine.metrics.requests > 0
+            assert set(outcomes) <= {Reason.LOST, Reason.ENDED}
+            assert outcomes[Reason.LOST] > 0 or config is WALL
+            asked += engine.metrics.requests
+            until(lambda asked=asked: pool.stats().stranded == asked)
+            pool.poll()
 
 
 def test_killed_in_the_middle_of_a_generation_the_rest_is_said(checkpoint: Checkpoint) -> None:
-    with pool_of(checkpoint, count=2, shed=False, restart=NEVER_RESTART) as pool:
+    with pool_of(checkpoint, count=2, restart=NEVER_RESTART) as pool:
         engine = Engine(checkpoint, pool)
         said = 0
-        for _ in engine.generate(generations(tokens=24)):
+        for _ in engine.generate(generations(tokens=24, lag=0)):
             said += 1
             if said == 20:
                 for pid in pool.stats().pids:
@@ -164,28 +164,24 @@ def test_killed_in_the_middle_of_a_generation_the_rest_is_said(checkpoint: Check
 
 
 def test_no_planners_at_all(checkpoint: Checkpoint) -> None:
-    with pool_of(checkpoint, count=0, shed=False) as pool:
+    with pool_of(checkpoint, count=0) as pool:
         assert run(Engine(checkpoint, pool), generations()) == run(Engine(checkpoint), generations())
         assert pool.stats().planners == {}
 
 
 def test_with_every_planner_stalled_decoding_goes_on_and_the_oldest_requests_are_shed(checkpoint: Checkpoint) -> None:
     """Counts steps, not seconds: had one step waited for a plan, it would wait for an hour."""
-    expected = run(Engine(checkpoint), generations(tokens=40))
     slow_requests = [dataclasses.replace(request, generation_id="slow") for request in generations(tokens=40)[:1]]
-    with pool_of(checkpoint, count=2, max_batch=1, planner_class=slow_planner_class()) as pool:
+    expected = run(Engine(checkpoint), slow_requests)
+    with pool_of(checkpoint, count=2, max_batch=1, shed=True, planner_class=slow_planner_class()) as pool:
         engine = Engine(checkpoint, pool, WALL)
-        said = run(engine, slow_requests)
-        assert said["slow"] == expected["g0"]
+        assert run(engine, slow_requests) == expected
         until(lambda: pool.stats().requests == engine.metrics.requests)
         stats = pool.stats()
         assert (stats.in_flight, stats.waiting, stats.plans) == (4, 2, 0)
         assert stats.shed == engine.metrics.requests - 6 > 0
         shed = [request.request_id for request in pool.poll().lost]
         assert shed == sorted(shed)
-        oldest = pool.stats().shed
-        pool.submit([])
-        assert pool.stats().shed == oldest
     # Leaving the block closed the pool in mid-search, and its processes are gone.
 
 
@@ -204,26 +200,38 @@ def test_the_decode_thread_makes_no_ray_call(checkpoint: Checkpoint, monkeypatch
     with pool_of(checkpoint, count=1) as pool:
         for name in ("get", "put", "wait", "kill", "cancel"):
             monkeypatch.setattr(ray, name, watched(name, getattr(ray, name)))
-        monkeypatch.setattr(
-            ray.actor.ActorHandle,
-            "_actor_method_call",
-            watched("an actor call", ray.actor.ActorHandle._actor_method_call),
-        )
-        engines = [Engine(checkpoint, pool, WALL), Engine(checkpoint, pool)]
-        said: list[Any] = []
-        for engine in engines:
-            thread = threading.Thread(target=lambda e=engine: said.append(run(e, generations())), name="decode")
+        handle = ray.actor.ActorHandle
+        monkeypatch.setattr(handle, "_actor_method_call", watched("a call", handle._actor_method_call))
+        asked = 0
+        for config in (EngineConfig(clock="virtual"), WALL):
+            engine = Engine(checkpoint, pool, config)
+            said: list[Any] = []
+            thread = threading.Thread(
+                target=lambda engine=engine, said=said: said.append(run(engine, generations(lag=0))), name="decode"
+            )
             thread.start()
             thread.join(60)
-            collect(pool, 0)
-        assert len(said) == 2 and engines[1].metrics.injections > 0
-        assert set(calls) == {"planner-pool"}
+            assert [len(tokens) for tokens in said[0].values()] == [12] * 4
+            assert engine.metrics.injections > 0 or config is WALL
+            asked += engine.metrics.requests
+            until(lambda asked=asked: pool.stats().plans == asked)
+            pool.poll()
+    assert set(calls) == {"planner-pool"}
 
 
 def test_a_request_that_cannot_be_planned_is_no_fault_of_the_actor(checkpoint: Checkpoint) -> None:
+    class Telling(PlannerActor):
+        def plan(self, requests: list[PlanRequest], sent_at: float) -> list[Plan]:
+            import torch
+
+            try:
+                return super().plan(requests, sent_at)
+            except ValueError as error:
+                raise ValueError(f"{torch.get_num_threads()} threads, {error}") from error
+
     good, bad = make_requests(checkpoint, 2)
     bad = dataclasses.replace(bad, token=10**6)
-    with pool_of(checkpoint, count=1, max_batch=1) as pool:
+    with pool_of(checkpoint, count=1, max_batch=1, threads=2, planner_class=Telling) as pool:
         pids = pool.stats().pids
         pool.submit([bad, good])
         found = collect(pool, 2)
@@ -231,7 +239,8 @@ def test_a_request_that_cannot_be_planned_is_no_fault_of_the_actor(checkpoint: C
         assert [request.request_id for request in found.lost] == [bad.request_id]
         stats = pool.stats()
         assert (stats.refused, stats.deaths, stats.restarts) == (1, 0, 0) and stats.pids == pids
-        assert "ValueError" in stats.last_error and "token = 1000000" in stats.last_error
+        # The search runs with the threads of the settings, in whatever thread Ray has it run.
+        assert "ValueError: 2 threads, request" in stats.last_error and "token = 1000000" in stats.last_error
 
 
 def test_new_weights_reach_every_planner_also_one_that_starts_later(checkpoint: Checkpoint) -> None:
@@ -265,33 +274,28 @@ def test_a_planner_that_cannot_start_is_counted_and_nobody_waits_for_it(checkpoi
     pool.close()
 
 
-def test_after_closing_requests_are_lost_and_closing_again_does_nothing(checkpoint: Checkpoint) -> None:
-    requests = make_requests(checkpoint, 2)
-    with pool_of(checkpoint, count=1) as pool:
-        pass
-    pool.submit(requests)
-    assert pool.wait([request.request_id for request in requests]).lost == requests
-    pool.close()
-    assert pool.stats().pids == () and pool.stats().in_flight == 0
-
-
-def test_closing_wakes_who_waits(checkpoint: Checkpoint) -> None:
-    (request,) = make_requests(checkpoint, 1)
-    with pool_of(checkpoint, count=1, shed=False, planner_class=slow_planner_class()) as pool:
-        pool.submit([slow(request, 5)])
+def test_closing_wakes_who_waits_and_afterwards_requests_are_lost_at_once(checkpoint: Checkpoint) -> None:
+    first, second = make_requests(checkpoint, 2)
+    with pool_of(checkpoint, count=1, planner_class=slow_planner_class()) as pool:
+        pool.submit([slow(first, 5)])
         found: list[Arrivals] = []
         waiter = threading.Thread(target=lambda: found.append(pool.wait([5])))
         waiter.start()
         until(lambda: pool.stats().in_flight == 1)
     waiter.join(60)
     assert [lost.request_id for lost in found[0].lost] == [5]
+    pool.submit([second])
+    assert pool.wait([second.request_id]).lost == [second]
+    pool.close()
+    stats = pool.stats()
+    assert (stats.pids, stats.in_flight, stats.planners) == ((), 0, {"retired": 1})
 
 
 def test_a_bug_in_the_dispatcher_does_not_leave_the_engine_waiting(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = make_requests(checkpoint, 2)
-    with pool_of(checkpoint, count=1, shed=False) as pool:
+    with pool_of(checkpoint, count=1) as pool:
 
         def fail(*_: Any) -> None:
             raise KeyError("a bug")
@@ -309,18 +313,3 @@ def test_errors_of_the_deliberation_of_the_actor_and_of_ray_are_kept_apart() -> 
     assert classify(ActorDiedError()) is Failure.ACTOR_DIED
     assert classify(ActorUnavailableError("no connection", None)) is Failure.UNREACHABLE
     assert classify(ObjectStoreFullError("full")) is Failure.RESULT_LOST
-
-
-def test_planners_have_the_threads_of_the_settings(checkpoint: Checkpoint) -> None:
-    class Telling(PlannerActor):
-        def plan(self, requests: list[PlanRequest], sent_at: float) -> Any:
-            import torch
-
-            raise ValueError(f"threads = {torch.get_num_threads()}")
-
-    pool = PlannerPool(checkpoint, PlannersConfig(count=1, threads=2), num_cpus=0.5, planner_class=Telling)
-    pool.submit(make_requests(checkpoint, 1))
-    assert len(collect(pool, 1).lost) == 1
-    until(lambda: "threads = 2" in pool.stats().last_error)
-    pool.close()
-    assert torch.get_num_threads() == 1

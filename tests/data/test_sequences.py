@@ -92,6 +92,8 @@ def test_workers_together_see_what_one_sees(seed: int, step: int, world: int, ba
     assert {b.step_targets for part in [whole, *parts] for b in part} == {
         sum(int(b.targets_mask_BT.sum()) for b in whole)
     }
+    rows = [sum(b.num_rows for b in part) for part in parts]
+    assert sum(rows) == batch and max(rows) - min(rows) <= 1
 
 
 def test_a_step_is_a_pure_function_and_steps_differ() -> None:

@@ -1,0 +1,187 @@
+"""The generator actor on a local Ray: streams, cancelling, metrics, faults, and the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from actors.generator import GenerationFailed, start_generator, stop_generator
+from crsm.config import DeliberationConfig, EngineConfig, PlannersConfig, SamplingConfig
+from crsm.engine import Engine
+from crsm.model import Checkpoint
+from crsm.planners import ThreadPlanners
+from crsm.reasoning import Deliberator
+from crsm.types import Token
+from tests.actors.helpers import WALL, generations, is_running, run, slow_planner_class, until
+from tests.fixtures import PROMPT
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+
+ENDLESS = SamplingConfig(max_tokens=10**9)
+OFTEN = DeliberationConfig(lag=0, injection_rate=0.9)
+
+
+class Stream:
+    """One generation, token by token."""
+
+    def __init__(self, generator: Any, *arguments: Any, **named: Any) -> None:
+        self.references = generator.generate.remote(*arguments, **named)
+
+    def __iter__(self) -> Iterator[Token]:
+        return (ray.get(reference) for reference in self.references)
+
+
+@pytest.fixture(scope="module")
+def generator(cluster: None, checkpoint: Checkpoint) -> Iterator[Any]:
+    """One for the tests that leave it as it was: virtual clock, one planner."""
+    actor = start_generator(checkpoint, PlannersConfig(count=1))
+    yield actor
+    stop_generator(actor)
+
+
+def processes(generator: Any) -> list[int]:
+    """The generator's and its planners', once they are all there."""
+    pids: list[int] = []
+
+    def all_there() -> bool:
+        pool = ray.get(generator.metrics.remote())["pool"]
+        pids[:] = [ray.get(generator.ping.remote()), *pool["pids"]]
+        return set(pool["planners"]) == {"ready"}
+
+    until(all_there)
+    return pids
+
+
+def test_two_streams_at_a_time_say_what_the_engine_says_alone(checkpoint: Checkpoint, generator: Any) -> None:
+    requests = generations(tokens=40, lag=0)[:2]
+    threads = ThreadPlanners(Deliberator.from_checkpoint(checkpoint))
+    # Each alone: who shares the batch when is a matter of time here, and changes the last bits of log-probabilities.
+    expected = [run(Engine(checkpoint, threads), [request])[request.generation_id] for request in requests]
+    threads.close()
+    before = ray.get(generator.metrics.remote())
+    streams = [
+        iter(
+            Stream(
+                generator,
+                request.prompt,
+                request.sampling,
+                request.deliberation,
+                request.simulations,
+                request.generation_id,
+            )
+        )
+        for request in requests
+    ]
+    said: list[list[Token]] = [[], []]
+    for _ in range(40):  # by turns: both are under way
+        for mine, stream in zip(said, streams, strict=True):
+            mine.append(next(stream))
+    for mine, stream, request, tokens in zip(said, streams, requests, expected, strict=True):
+        assert next(stream, None) is None and mine[-1].finished
+        assert {token.generation_id for token in mine} == {request.generation_id}
+        assert [token.position for token in mine] == list(range(len(request.prompt), len(request.prompt) + 40))
+        assert [token.token for token in mine] == [token for token, _ in tokens]
+    assert any(token.injection is not None for token in said[0])
+    after = ray.get(generator.metrics.remote())
+    assert after["tokens"] - before["tokens"] == 80
+    assert after["steps"] - before["steps"] < 80, "the two were never decoded together"
+    assert after["requests"] - before["requests"] == 2 * 39 and after["outcomes"].keys() <= {"on_time", "shut", "ended"}
+    assert after["pool"]["plans"] >= after["pool"]["requests"] > 0 and after["streams"] == 0
+
+
+def test_one_of_two_is_cancelled(generator: Any) -> None:
+    endless = iter(Stream(generator, PROMPT, ENDLESS, OFTEN, generation_id="endless"))
+    other = Stream(generator, PROMPT, SamplingConfig(max_tokens=30), OFTEN)
+    assert next(endless).generation_id == "endless"
+    ray.get(generator.cancel.remote("endless"))
+    ray.get(generator.cancel.remote("never heard of"))
+    *_, last = endless
+    assert last.finish_reason == "cancelled"
+    assert [token.finish_reason for token in other][-1] == "length"
+
+
+def test_a_call_that_is_cancelled_ends_its_generation(generator: Any) -> None:
+    stream = Stream(generator, PROMPT, ENDLESS, OFTEN)
+    assert isinstance(next(iter(stream)), Token)
+    ray.cancel(stream.references)
+    until(lambda: ray.get(generator.metrics.remote())["streams"] == 0)
+    tokens = ray.get(generator.metrics.remote())["tokens"]
+    ended = ray.get(generator.metrics.remote())
+    assert ended["tokens"] <= tokens + 1
+    assert sum(1 for _ in Stream(generator, PROMPT, SamplingConfig(max_tokens=5))) == 5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [((), "prompt is empty"), ((1, 10**6), "prompt holds token 1000000; allowed: 0 to 30")]
+)
+def test_what_cannot_be_said_is_refused(generator: Any, prompt: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        next(iter(Stream(generator, prompt)))
+
+
+def test_an_id_in_use_is_refused_and_its_owner_not_disturbed(generator: Any) -> None:
+    owner = iter(Stream(generator, PROMPT, ENDLESS, OFTEN, generation_id="mine"))
+    next(owner)
+    with pytest.raises(ValueError, match="'mine' is in use"):
+        next(iter(Stream(generator, PROMPT, generation_id="mine")))
+    next(owner)
+    ray.get(generator.cancel.remote("mine"))
+    assert [token.finish_reason for token in owner][-1] == "cancelled"
+
+
+def test_stalled_planners_and_then_dead_ones_change_nothing_and_closing_leaves_no_process(
+    checkpoint: Checkpoint,
+) -> None:
+    actor = start_generator(
+        checkpoint, PlannersConfig(count=2, max_batch=1), WALL, planner_class=slow_planner_class(), planner_cpus=0.5
+    )
+    expected = [token for token, _ in run(Engine(checkpoint), generations(tokens=30)[:1])["g0"]]
+    request = generations(tokens=30)[0]
+    pids = processes(actor)
+    for name in ("slow-1", "slow-2"):
+        stream = Stream(actor, request.prompt, request.sampling, request.deliberation, 8, name)
+        assert [token.token for token in stream] == expected
+        for pid in pids[1:]:
+            if is_running(pid):
+                os.kill(pid, signal.SIGKILL)
+    until(lambda: ray.get(actor.metrics.remote())["pool"]["deaths"] == 2)
+    pids += processes(actor)  # with two new planners
+    metrics = ray.get(actor.metrics.remote())
+    assert metrics["pool"]["restarts"] == 2 and metrics["pool"]["plans"] == 0 and metrics["injections"] == 0
+    endless = iter(Stream(actor, PROMPT, ENDLESS, OFTEN, generation_id="slow-3"))
+    next(endless)
+    stop_generator(actor)
+    with pytest.raises((GenerationFailed, ray.exceptions.RayActorError)):
+        list(endless)
+    until(lambda: not any(map(is_running, pids)), 15)
+
+
+def test_closing_reaches_a_decode_thread_that_waits_for_a_plan_and_names_the_generation(
+    checkpoint: Checkpoint,
+) -> None:
+    actor = start_generator(
+        checkpoint, PlannersConfig(count=1), EngineConfig(clock="virtual"), planner_class=slow_planner_class()
+    )
+    stream = iter(Stream(actor, PROMPT, ENDLESS, OFTEN, generation_id="slow-and-waiting"))
+    next(stream)
+    pids: list[int] = [ray.get(actor.ping.remote())]
+    ray.get(actor.close.remote(), timeout=60)
+    with pytest.raises(GenerationFailed, match="slow-and-waiting"):
+        list(stream)
+    with pytest.raises(GenerationFailed, match="closed"):
+        next(iter(Stream(actor, PROMPT)))
+    assert ray.get(actor.metrics.remote())["pool"]["pids"] == ()
+    ray.kill(actor)
+    until(lambda: not any(map(is_running, pids)), 15)
+
+
+def test_planners_end_with_their_generator(checkpoint: Checkpoint) -> None:
+    actor = start_generator(checkpoint, PlannersConfig(count=1), WALL)
+    pids = processes(actor)
+    os.kill(pids[0], signal.SIGKILL)
+    until(lambda: not any(map(is_running, pids)), 15)
