@@ -11,7 +11,7 @@ Letters: B batch, T time, L layers, D d_model, H heads, P head dimension, N d_st
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,13 @@ class Mixer(nn.Module):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
         self.norm = GatedRMSNorm(inner, config.norm_eps)
         self.out_proj = nn.Linear(inner, config.d_model, bias=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Kernels are a module, which can be neither copied nor pickled: they travel by name.
+        return self.__dict__ | {"kernels": self.kernels.NAME}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"kernels": select_kernels(state["kernels"])})
 
     def forward(self, x_BTD: Tensor, state: LayerState, segment_BT: Tensor | None) -> tuple[Tensor, LayerState]:
         z_BTE, xBC_BTC, dt_BTH = self._project(x_BTD)

@@ -136,7 +136,7 @@ def planner_factory(kind: PlannerKind, checkpoint: Checkpoint) -> Iterator[Calla
 
 
 @contextlib.contextmanager
-def planner_actors(checkpoint: Checkpoint) -> Iterator[Planners]:
+def planner_actors(checkpoint: Checkpoint, shed: bool = False) -> Iterator[Planners]:
     """A pool of planner actors that are ready, and Ray, for the time of a ``with`` block.
 
     Raises:
@@ -146,7 +146,7 @@ def planner_actors(checkpoint: Checkpoint) -> Iterator[Planners]:
     from actors.pool import PlannerPool
 
     with start_ray():
-        pool = PlannerPool(checkpoint, checkpoint.config.planners, shed=False)
+        pool = PlannerPool(checkpoint, checkpoint.config.planners, shed=shed)
         try:
             if not pool.wait_until_ready():
                 raise OSError(f"no planner actor could be started: {pool.stats().last_error or 'no reason was given'}")

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _check_json(value: str | None) -> str | None:
+def check_json(value: str | None) -> str | None:
     """Takes standard output for the result, or finds out now, not after an hour, that the file cannot be written."""
     if value == "-":
         _reserve_stdout()
@@ -73,7 +73,7 @@ SetOption = Annotated[
 SeedOption = Annotated[int | None, typer.Option("--seed", metavar="INTEGER", help="The settings' seed.")]
 JsonOption = Annotated[
     str | None,
-    typer.Option("--json", metavar="FILE", callback=_check_json, help="Writes the result; - for standard output."),
+    typer.Option("--json", metavar="FILE", callback=check_json, help="Writes the result; - for standard output."),
 ]
 
 

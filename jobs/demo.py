@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crsm.config import Channel, DeliberationConfig, EngineConfig
+from crsm.config import DeliberationConfig, EngineConfig
 from crsm.data.sequences import encode_prompt
 from crsm.engine import Engine, GenerationRequest
 from crsm.evaluation.figures import (

@@ -425,7 +425,7 @@ def _worker_part(batches: list[Batch], rank: int, world: int) -> list[Batch]:
         if part.num_rows:
             parts.append(replace(part, step_targets=step_targets, step_values=step_values))
     if not parts:
-        # Every worker must take part in a step: this one with a row of padding, which no loss looks at.
+        # Every worker must take part in a step: this one with a row that no loss looks at.
         blank = batches[0].rows(slice(0, 1))
         parts.append(
             replace(

@@ -241,7 +241,13 @@ def draw_accuracies(axes: Axes, bars: Sequence[Accuracies]) -> None:
     axes.grid(axis="y", color=LIGHT, linewidth=0.8, zorder=0)
     axes.set_title("Right answers on fresh problems", fontsize=12.5, loc="left", color=INK, pad=26)
     axes.legend(
-        frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(-0.04, 0.99), fontsize=10.5, columnspacing=1.0
+        frameon=False,
+        ncols=3,
+        loc="lower left",
+        bbox_to_anchor=(-0.05, 0.985),
+        fontsize=10,
+        columnspacing=0.9,
+        handlelength=1.5,
     )
     _bare(axes)
 
@@ -253,6 +259,7 @@ def _p_value(p: float) -> str:
 def draw_timeline(axes: Axes, timeline: Timeline) -> None:
     """Tokens on top at the time they were said; below them a bar per deliberation, and arrows where it was written."""
     step = 1 / timeline.pace
+    last = max((token.seconds for token in timeline.tokens), default=step)
     y_token = 1.0
     for token in timeline.tokens:
         color = SYSTEM_2 if token.steered else INK
@@ -283,7 +290,6 @@ def draw_timeline(axes: Axes, timeline: Timeline) -> None:
         )
         width = max(thought.ready - thought.asked, 0.02 * step)
         axes.barh(y, width, 0.5, left=thought.asked, color=color, zorder=2)
-        end = thought.ready
         if thought.written is not None:
             axes.plot((thought.ready, thought.written), (y, y), color=color, linewidth=1.5, zorder=2)
             axes.annotate(
@@ -293,20 +299,9 @@ def draw_timeline(axes: Axes, timeline: Timeline) -> None:
                 arrowprops={"arrowstyle": "-|>", "color": color, "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0},
                 zorder=4,
             )
-            end = thought.written
         label = f"plan “{thought.line}” written" if used else f"plan “{thought.line}”: {thought.outcome}"
-        axes.text(
-            end + 0.08 * step,
-            y,
-            label,
-            va="center",
-            fontsize=10.5,
-            color=color,
-            zorder=6,
-            bbox={"boxstyle": "square,pad=0.12", "facecolor": "white", "edgecolor": "none"},
-        )
-    last = max((token.seconds for token in timeline.tokens), default=step)
-    axes.set_xlim(-0.6 * step, last + 2.2 * step)
+        axes.text(last + 0.55 * step, y, label, va="center", fontsize=11, color=color)
+    axes.set_xlim(-0.6 * step, last + 2.8 * step)
     axes.set_ylim(y_token - 1.15 - max(1, len(shown)) * row_height + 0.4, y_token + 0.8)
     axes.set_yticks(
         (y_token, y_token - 1.15 - (max(1, len(shown)) - 1) * row_height / 2),

@@ -18,7 +18,7 @@ WALL = EngineConfig(clock="wall")
 PROMPTS = (PROMPT, (10, 21, 4, 8, 23, 7), (5, 9, 22, 7), (12, 13, 6, 25, 20))
 
 
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """Waits for something that another process does; fails if it does not come."""
     end = time.monotonic() + seconds
     while not condition():

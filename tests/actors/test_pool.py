@@ -70,9 +70,9 @@ def timeless(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if name != "planner_seconds"}
 
 
-@pytest.mark.parametrize(("world_model", "lag"), [("latent", 0), ("exact", 2)])
+@pytest.mark.parametrize(("world_model", "lag", "count"), [("latent", 0, 2), ("exact", 2, 1)])
 def test_virtual_clock_threads_and_actors_say_the_same_with_the_same_metrics(
-    checkpoint: Checkpoint, world_model: Any, lag: int
+    checkpoint: Checkpoint, world_model: Any, lag: int, count: int
 ) -> None:
     settings = PlannerSettings(world_model=world_model)
 
@@ -84,14 +84,14 @@ def test_virtual_clock_threads_and_actors_say_the_same_with_the_same_metrics(
     reference = engine_with(threads)
     expected = run(reference, generations(lag=lag))
     threads.close()
-    with pool_of(checkpoint, count=2, max_batch=3, settings=settings) as pool:
+    with pool_of(checkpoint, count=count, max_batch=3, settings=settings) as pool:
         engine = engine_with(pool)
         assert run(engine, generations(lag=lag)) == expected != plain
         stats = pool.stats()
     assert timeless(engine.metrics.summary()) == timeless(reference.metrics.summary())
     assert engine.metrics.injections > 0 and engine.metrics.outcomes[Reason.LOST] == 0
     assert stats.requests == engine.metrics.requests == stats.plans
-    assert stats.planners == {"ready": 2} and stats.last_error == ""
+    assert stats.planners == {"ready": count} and stats.last_error == ""
 
 
 def test_a_planner_killed_in_mid_search_costs_its_plans_only_and_comes_back(checkpoint: Checkpoint) -> None:
@@ -122,14 +122,6 @@ def _searching(pool: PlannerPool) -> int:
     return pool.stats().pids[0]
 
 
-def test_a_planner_that_dies_idle_is_noticed_and_replaced(checkpoint: Checkpoint) -> None:
-    with pool_of(checkpoint) as pool:
-        (pid,) = pool.stats().pids
-        os.kill(pid, signal.SIGKILL)
-        until(lambda: pool.stats().restarts == 1 and pool.stats().planners == {"ready": 1})
-        assert pool.stats().lost_with_planner == 0 and pool.stats().pids != (pid,)
-
-
 def test_with_all_planners_killed_the_engine_goes_on_as_system_1(checkpoint: Checkpoint) -> None:
     expected = run(Engine(checkpoint), generations())
     with pool_of(checkpoint, count=2, restart=NEVER_RESTART) as pool:
@@ -150,7 +142,7 @@ def test_with_all_planners_killed_the_engine_goes_on_as_system_1(checkpoint: Che
 
 
 def test_killed_in_the_middle_of_a_generation_the_rest_is_said(checkpoint: Checkpoint) -> None:
-    with pool_of(checkpoint, count=2, restart=NEVER_RESTART) as pool:
+    with pool_of(checkpoint, count=1, restart=NEVER_RESTART) as pool:
         engine = Engine(checkpoint, pool)
         said = 0
         for _ in engine.generate(generations(tokens=24, lag=0)):
@@ -173,13 +165,13 @@ def test_with_every_planner_stalled_decoding_goes_on_and_the_oldest_requests_are
     """Counts steps, not seconds: had one step waited for a plan, it would wait for an hour."""
     slow_requests = [dataclasses.replace(request, generation_id="slow") for request in generations(tokens=40)[:1]]
     expected = run(Engine(checkpoint), slow_requests)
-    with pool_of(checkpoint, count=2, max_batch=1, shed=True, planner_class=slow_planner_class()) as pool:
+    with pool_of(checkpoint, count=1, max_batch=1, shed=True, planner_class=slow_planner_class()) as pool:
         engine = Engine(checkpoint, pool, WALL)
         assert run(engine, slow_requests) == expected
         until(lambda: pool.stats().requests == engine.metrics.requests)
         stats = pool.stats()
-        assert (stats.in_flight, stats.waiting, stats.plans) == (4, 2, 0)
-        assert stats.shed == engine.metrics.requests - 6 > 0
+        assert (stats.in_flight, stats.waiting, stats.plans) == (2, 1, 0)
+        assert stats.shed == engine.metrics.requests - 3 > 0
         shed = [request.request_id for request in pool.poll().lost]
         assert shed == sorted(shed)
     # Leaving the block closed the pool in mid-search, and its processes are gone.
@@ -243,7 +235,7 @@ def test_a_request_that_cannot_be_planned_is_no_fault_of_the_actor(checkpoint: C
         assert "ValueError: 2 threads, request" in stats.last_error and "token = 1000000" in stats.last_error
 
 
-def test_new_weights_reach_every_planner_also_one_that_starts_later(checkpoint: Checkpoint) -> None:
+def test_new_weights_reach_every_planner_also_one_that_replaces_another(checkpoint: Checkpoint) -> None:
     requests = make_requests(checkpoint, 4)
     newer = dataclasses.replace(tiny_checkpoint(seed=11), model_version=4)
     with pool_of(checkpoint, count=2, max_batch=1) as pool:
@@ -254,8 +246,9 @@ def test_new_weights_reach_every_planner_also_one_that_starts_later(checkpoint: 
         assert {plan.model_version for plan in plans} == {4}
         assert {plan.planner_id for plan in plans} == {"planner-0", "planner-1"}
         until(lambda: pool.stats().versions == (4, 4))
-        os.kill(pool.stats().pids[0], signal.SIGKILL)
+        os.kill(pool.stats().pids[0], signal.SIGKILL)  # idle: nobody has asked it anything
         until(lambda: pool.stats().restarts == 1 and pool.stats().versions == (4, 4))
+        assert pool.stats().lost_with_planner == 0
 
 
 def test_a_planner_that_cannot_start_is_counted_and_nobody_waits_for_it(checkpoint: Checkpoint) -> None:
