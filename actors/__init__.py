@@ -8,5 +8,6 @@
 ``pool``             planners as the engine sees them: a dispatcher thread and a mailbox
 ``decode_loop``      the engine in a thread of its own: no Ray
 ``generator``        the actor that decodes
+``rollouts``         a fleet of actors that answers problems, for training
 ===================  ====================================================================================
 """

@@ -153,7 +153,10 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
             json.dump(description, file, indent=1, ensure_ascii=False)
             file.flush()
             os.fsync(file.fileno())
+        # Both libraries make their files for the owner alone; a checkpoint is for whoever may read the folder.
         os.chmod(staging, 0o755)
+        for name in FILES:
+            os.chmod(staging / name, 0o644)
         _move_into_place(staging, path)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

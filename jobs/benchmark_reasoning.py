@@ -56,6 +56,10 @@ def main(
     lags = parse_lags(lag)
     if figure is not None and not compute:
         raise ValueError(f"--figure {str(figure)!r} draws what --compute measures; allowed: together with --compute")
+    if figure is not None:
+        from crsm.evaluation.figures import check_figure_path
+
+        check_figure_path(figure)
     loaded = load_with_settings(checkpoint, config, overrides, seed)
     settings = loaded.config
     judge = pick_task(settings, task)

@@ -191,13 +191,16 @@ def run_demo(
 def _planners(checkpoint: Checkpoint, use_actors: bool) -> Iterator[tuple[Planners, str]]:
     """Planner actors, or threads where Ray cannot start; alive until the block is left."""
     with contextlib.ExitStack() as stack:
+        planners: Planners | None = None
         if use_actors:
             _say("starting Ray and a planner actor")
             try:
-                yield stack.enter_context(planner_actors(checkpoint)), "actors"
-                return
-            except _CannotStart as error:
-                _say(f"Ray could not start ({error}): the planner runs in a thread of this process")
+                planners = stack.enter_context(planner_actors(checkpoint))
+            except Exception as error:  # Ray has errors of many kinds, and none of them ends the demo
+                _say(f"Ray could not start ({describe(error)}): the planner runs in a thread of this process")
+        if planners is not None:
+            yield planners, "actors"
+            return
         settings = checkpoint.config.planners
         threads = ThreadPlanners(Deliberator.from_checkpoint(checkpoint), max(1, settings.count), settings.max_batch)
         stack.callback(threads.close)
@@ -382,13 +385,13 @@ def _timeline(checkpoint: Checkpoint, answer: PacedAnswer, pace: float, note: st
         # One planner thinks about one request after the other.
         free = max(asked, free) + plan.seconds
         used = written.get(plan.request_id)
-        shut = not plan.confidence_L.any()
+        outcome = "not used" if plan.confidence_L.any() else "not needed, gates shut"
         thoughts.append(
             Thought(
                 asked,
                 free if used is None else min(free, used),
                 " ".join(say(token) for token in plan.line),
-                "not needed, gates shut" if shut else "not used",
+                outcome if plan.line else "nothing left to plan",
                 # Just before the token was computed.
                 None if used is None else used,
             )

@@ -67,7 +67,7 @@ def main(
     started = time.perf_counter()
     with one_line_failure():
         outcomes = train(settings, chosen, checkpoint, storage, name)
-    results = {
+    results: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "jobs.pipeline", *sys.argv[1:]]),
         "checkpoint": output or outcomes[-1].checkpoint,
         "seconds": {outcome.stage: outcome.report["seconds"] for outcome in outcomes},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ def _losses(axes: Axes, reports: Reports) -> None:
         for name, (steps, values) in series(report, "loss").items():
             if name == "":
                 axes.plot([step / steps[-1] for step in steps], values, label=TITLES[stage])
-    axes.set(title="training loss", xlabel="share of the stage's steps", ylabel="loss", yscale="log")
+    axes.set(title="training loss", xlabel="share of the stage's steps", ylabel="loss")
     _finish(axes)
 
 
@@ -72,7 +73,7 @@ def _value_auc(axes: Axes, report: Mapping[str, Any]) -> None:
     for name, (steps, values) in series(report, "valid/value_auc/").items():
         axes.plot(steps, values, marker=".", label=name.replace("/layer_", ", layer "))
     axes.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
-    axes.set(title="stage 1: value AUC of each layer, held out", xlabel="step", ylabel="AUC", ylim=(0.4, 1.02))
+    axes.set(title="stage 1: value AUC of each layer, held out", xlabel="step", ylabel="AUC", ylim=(0.0, 1.02))
     _finish(axes)
 
 
@@ -108,7 +109,7 @@ def _branch_accuracy(axes: Axes, reports: Reports) -> None:
             axes.axhline(judged, color=colour, linestyle="--", label=f"{task}: after stage 3, from the answer's start")
     axes.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
     axes.set(title="right before wrong attempts, imagined", xlabel="imagined steps", ylabel="pairs ranked right")
-    axes.set_ylim(0.4, 1.02)
+    axes.set_ylim(0.0, 1.02)
     _finish(axes)
 
 
@@ -138,7 +139,7 @@ def summary_lines(reports: Reports) -> Iterable[str]:
     for row in judged.get("rounds", []):
         for task, systems in row["accuracy"].items():
             figures = ", ".join(f"System {system} {value:.2f}" for system, value in systems.items())
-            yield f"roll-outs, round {row['round']}, {task}: {figures}"
+            yield f"round {row['round']}, {task}: {figures}"
     if judged.get("branch_accuracy") is not None:
         yield f"pairwise branch accuracy (worst): {judged['branch_accuracy']:.3f}"
     gates = reports.get("stage_4", {}).get("gates")
@@ -147,7 +148,7 @@ def summary_lines(reports: Reports) -> Iterable[str]:
         yield f"  {gates['written_right']:.2f} of those right"
     elif gates is not None:
         yield "gates shut:"
-        yield f"  {gates['reason']}"
+        yield from textwrap.wrap(gates["reason"], 48, initial_indent="  ", subsequent_indent="  ")
 
 
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")

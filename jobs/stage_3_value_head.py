@@ -189,7 +189,7 @@ def accuracies(records: list[Record]) -> dict[str, dict[int, float]]:
 
 
 def roll_out_jobs(settings: Config, source: str | Path, jobs: list[RolloutJob], title: str) -> list[Record]:
-    """Runs jobs on a fleet of ``stage_3.actors`` actors of the running Ray session, each with the checkpoint ``source``."""
+    """Runs jobs on ``stage_3.actors`` actors of the running Ray session, each with the checkpoint ``source``."""
     import ray
 
     from actors.rollouts import RolloutActor, run_fleet

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -34,6 +35,8 @@ import typer
 from jobs.command import Progress, commit, write_atomically
 
 if TYPE_CHECKING:
+    from ray.train import UserCallback
+
     from crsm.config import Config
     from crsm.data.tokenizer import Tokenizer
     from crsm.model import Checkpoint
@@ -62,6 +65,10 @@ FreshOption = Annotated[
     ),
 ]
 
+PROGRESS_FILE = "progress.jsonl"
+
+_MAX_FAILED_STARTS = 3
+"""Times that workers may fail to start; Ray Train's own default waits for ever."""
 _UNWATCHED = ("log_every", "evaluate_every", "checkpoint_every")
 """Settings of a stage that do not change its course."""
 
@@ -180,6 +187,7 @@ def train_stage(
     else:
         write_atomically(begun, json.dumps(work.fingerprint, indent=1, ensure_ascii=False) + "\n")
     if not work.output.exists():
+        _require_workers(work, config)
         with cluster():
             _fit(work, config)
         if not (work.output / "config.json").is_file():
@@ -242,6 +250,7 @@ def cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; without it Ray warns
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how late the end of a stage is noticed
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")  # a busy machine imports slowly
     from actors.cluster import start_ray
 
     with start_ray():
@@ -249,19 +258,39 @@ def cluster() -> Iterator[None]:
 
 
 def require_resources(need: Mapping[str, float], what: str) -> None:
-    """
+    """Finds out now, and not by waiting for ever, whether the cluster has what is needed, used or not.
+
+    Without a Ray session it is the local cluster to come that is looked at; a cluster behind ``RAY_ADDRESS`` can only
+    be asked once it is connected to.
+
     Raises:
-        ValueError: the cluster has less in all, used or not; what is asked and what is there are named.
+        ValueError: it has less; what is asked and what is there are named.
     """
     import ray
 
-    there = ray.cluster_resources()
+    from actors.cluster import MIN_CPUS
+    from crsm.config import core_count
+
+    if ray.is_initialized():
+        there = dict(ray.cluster_resources())
+    elif os.environ.get("RAY_ADDRESS", "local") == "local":
+        import torch
+
+        there = {"CPU": float(max(core_count(), MIN_CPUS)), "GPU": float(torch.cuda.device_count())}
+    else:
+        return
     for resource, amount in need.items():
         if there.get(resource, 0.0) < amount:
             raise ValueError(
                 f"{what} asks {amount:g} {resource}; the cluster has {there.get(resource, 0.0):g}. "
                 "Allowed: fewer workers, or a larger cluster"
             )
+
+
+def _require_workers(work: _Work, config: Config) -> None:
+    workers = float(config.train.workers)
+    need = {"CPU": workers} | ({"GPU": workers} if config.train.use_gpu else {})
+    require_resources(need, f"{work.stage} with train.workers = {config.train.workers}")
 
 
 # ----------------------------------------------------------------------------------------------------------- the driver
@@ -290,8 +319,7 @@ def _fit(work: _Work, config: Config) -> None:
     from ray.train.v2.api.config import LoggingConfig
 
     settings = config.train
-    need = {"CPU": float(settings.workers)} | ({"GPU": float(settings.workers)} if settings.use_gpu else {})
-    require_resources(need, f"{work.stage} with train.workers = {settings.workers}")
+    _require_workers(work, config)
     folder = Path(work.folder)
     trainer = TorchTrainer(
         _train,
@@ -300,7 +328,10 @@ def _fit(work: _Work, config: Config) -> None:
         run_config=RunConfig(
             name=folder.name,
             storage_path=str(folder.parent),
-            failure_config=FailureConfig(max_failures=settings.max_failures),
+            failure_config=FailureConfig(
+                max_failures=settings.max_failures, controller_failure_limit=_MAX_FAILED_STARTS
+            ),
+            callbacks=[_failure_callback(folder / PROGRESS_FILE, settings.max_failures)],
             checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -316,15 +347,28 @@ def _fit(work: _Work, config: Config) -> None:
 
 def _raise_cause(error: Exception) -> NoReturn:
     """Raises what went wrong in a worker as what it is, where the user or the machine can do something about it."""
-    for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, ValueError | OSError | FloatingPointError):
-                kind = next(k for k in (ValueError, OSError, FloatingPointError) if isinstance(cause, k))
-                raise kind(*cause.args) from error
-            cause = cause.__cause__ or getattr(cause, "cause", None)
-        del rank
+    for failure in getattr(error, "worker_failures", {}).values():
+        if isinstance(failure, OSError) and failure.errno is not None:
+            raise OSError(failure.errno, failure.strerror, failure.filename) from error
+        for kind in (OSError, ValueError, FloatingPointError):
+            if isinstance(failure, kind):
+                raise kind(str(failure)) from error
     raise error
+
+
+def _failure_callback(path: Path, max_failures: int) -> UserCallback:
+    """Tells the driver why a worker group is started anew; runs in Ray Train's controller."""
+    from ray.train import UserCallback
+
+    class TellFailures(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for rank, failure in sorted(worker_exceptions.items()):
+                text = (str(failure).splitlines() or [""])[0]
+                what = f"worker {rank} failed: {type(failure).__name__}: {text} (train.max_failures = {max_failures})"
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"say": what}) + "\n")
+
+    return TellFailures()
 
 
 @contextlib.contextmanager
@@ -345,38 +389,48 @@ def _own_interrupt() -> Iterator[None]:
 @contextlib.contextmanager
 def _watched(work: _Work, steps: int) -> Iterator[None]:
     """Shows what the worker of rank 0 writes into ``progress.jsonl``."""
-    path = Path(work.folder) / "progress.jsonl"
+    path = Path(work.folder) / PROGRESS_FILE
     position = path.stat().st_size if path.exists() else 0
     ended = threading.Event()
 
-    def look(progress: Progress) -> None:
+    def read() -> Iterator[dict[str, Any]]:
         nonlocal position
-        if not path.exists():
-            return
-        with open(path, encoding="utf-8") as file:
-            file.seek(position)
-            while (line := file.readline()).endswith("\n"):
-                position = file.tell()
-                message = json.loads(line)
-                if "say" in message:
-                    progress.say(f"{work.stage}: {message['say']}")
-                else:
-                    progress.update(int(message.pop("step")), **message)
+        if path.exists():
+            with open(path, encoding="utf-8") as file:
+                file.seek(position)
+                while (line := file.readline()).endswith("\n"):
+                    position = file.tell()
+                    with contextlib.suppress(ValueError):  # cut short by the death of its writer
+                        yield json.loads(line)
 
-    def watch(progress: Progress) -> None:
-        while not ended.wait(0.5):
-            look(progress)
+    def show(progress: Progress, message: dict[str, Any]) -> None:
+        if "say" in message:
+            progress.say(f"{work.stage}: {message['say']}")
+        else:
+            progress.update(int(message.pop("step")), **message)
 
-    with Progress(work.stage, steps) as progress:
-        progress.update(0)
-        thread = threading.Thread(target=watch, args=(progress,), name="progress", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            look(progress)
+    def watch() -> None:
+        # The bar's clock starts with the training, not with the starting of workers.
+        while not (first := list(read())) and not ended.wait(0.5):
+            pass
+        with Progress(work.stage, steps) as progress:
+            for message in first:
+                show(progress, message)
+            while not ended.wait(0.5):
+                for message in read():
+                    show(progress, message)
+            for message in read():
+                show(progress, message)
+
+    workers = work.config["train"]["workers"]
+    print(f"{work.stage}: starts {workers} worker{'s' if workers > 1 else ''}", file=sys.stderr, flush=True)
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 # ----------------------------------------------------------------------------------------------------------- the worker
@@ -423,8 +477,7 @@ def _train_and_save(work: _Work) -> None:
         )
     resume = _latest_state(work)
     reporter = _Reporter(work, resume.step if resume else 0, active=rank == 0)
-    if resume is not None:
-        reporter.say(f"goes on from step {resume.step}")
+    reporter.say("starts training" if resume is None else f"goes on from step {resume.step}")
     result = run_stage(
         stage,
         rank=rank,
@@ -591,7 +644,7 @@ class _Reporter:
 
         folder = Path(work.folder)
         self._writer = SummaryWriter(str(folder.parent / "tensorboard" / folder.name), purge_step=step + 1)
-        self._lines = open(folder / "progress.jsonl", "a", encoding="utf-8")
+        self._lines = open(folder / PROGRESS_FILE, "a", encoding="utf-8")
 
     def log(self, point: Point) -> None:
         figures = {"loss": point["loss"], "lr": point["lr"], "tokens/s": point["tokens_per_second"]}

@@ -139,12 +139,16 @@ class FakePlanners:
         self,
         answer: Callable[[PlanRequest], list[Plan] | None],
         delay: Callable[[PlanRequest], Sequence[int]] = lambda request: (0,),
+        *,
+        eager: bool = False,
     ) -> None:
         """
         Args:
             answer: plans for a request; None: it is lost; an empty list: silence.
             delay: after how many polls the answer comes, one entry for each time that it comes.
+            eager: who waits for some answers gets all others as well.
         """
+        self._eager = eager
         self.requests: list[PlanRequest] = []
         self.waits: list[tuple[int, ...]] = []
         self._answer, self._delay = answer, delay
@@ -166,8 +170,8 @@ class FakePlanners:
 
     def wait(self, request_ids: Collection[int]) -> Arrivals:
         self.waits.append(tuple(request_ids))
-        ready = [item for item in self._coming if item[1].request_id in request_ids]
-        self._coming = [item for item in self._coming if item[1].request_id not in request_ids]
+        ready = [item for item in self._coming if self._eager or item[1].request_id in request_ids]
+        self._coming = [item for item in self._coming if item not in ready]
         plans = [plan for _, _, answer in ready if answer is not None for plan in answer]
         return Arrivals(plans, [request for _, request, answer in ready if answer is None])
 

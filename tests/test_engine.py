@@ -538,9 +538,11 @@ def test_a_plan_for_a_text_that_is_over_is_settled_as_ended_and_does_not_count_a
 
 
 def test_plans_reach_only_the_generation_that_asked_across_cancel_and_reuse_of_its_name() -> None:
-    """Guarantee 4: the plans of a cancelled generation arrive while another of the same name speaks."""
+    """Guarantee 4: the plans of a cancelled generation, of which every word will come true, arrive while another of the
+    same name says the same text."""
     checkpoint = tiny_checkpoint()
-    planners = FakePlanners(lambda request: [make_plan(request, checkpoint)], delay=lambda request: (3,))
+    line = tuple(said_alone(checkpoint)[1:])
+    planners = FakePlanners(lambda request: [make_plan(request, checkpoint, line=line)], delay=lambda request: (3,))
     engine = Engine(checkpoint, planners, WALL)
     engine.submit(ask(lag=0, name="slot", max_plans=2))
     first = engine.step() + engine.step() + engine.step()
@@ -551,6 +553,27 @@ def test_plans_reach_only_the_generation_that_asked_across_cancel_and_reuse_of_i
     tokens = run(engine, [ask(lag=9, tokens=9, name="slot")])
     assert heard(tokens[0]) == decode(checkpoint, [PROMPT], 9)[0]
     assert engine.metrics.injections == 0
+
+
+def test_a_plan_that_came_before_its_time_leaves_with_its_generation() -> None:
+    """The same on the virtual clock, where the plan was there already and waited for its target."""
+    checkpoint = tiny_checkpoint()
+    assumed = tuple(said_alone(checkpoint)[1:4])
+
+    def answer(request: PlanRequest) -> list[Plan]:
+        return [make_plan(request, checkpoint, assumed=assumed if request.generation_id == "slot" else ())]
+
+    engine = Engine(checkpoint, FakePlanners(answer, eager=True))
+    engine.submit(ask(OTHER_PROMPT, tokens=30, lag=0, name="other"))
+    engine.submit(ask(lag=3, name="slot", max_plans=1))
+    engine.step()
+    engine.step()
+    engine.cancel("slot")
+    engine.step()
+    engine.submit(ask(lag=9, name="slot"))
+    said = [token for _ in range(10) for token in engine.step() if token.generation_id == "slot"]
+    assert words(said) == said_alone(checkpoint) and not any(token.injection for token in said)
+    assert engine.metrics.outcomes[Reason.ENDED] == 1
 
 
 def test_rows_keep_their_plans_when_another_row_leaves() -> None:

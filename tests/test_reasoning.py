@@ -230,7 +230,7 @@ def test_after_the_end_there_is_nothing_to_plan(exact: Checkpoint) -> None:
 
 
 def test_a_terminal_token_ends_a_line_and_keeps_the_value_it_ends(exact: Checkpoint) -> None:
-    """With every token terminal but those of the first step, lines are two tokens and claims change no value."""
+    """With every token but the known one terminal, a line is one token long and what it claims changes no value."""
     deliberator = Deliberator(
         exact.model,
         SearchConfig(num_actions=3, max_depth=4),
@@ -256,15 +256,17 @@ def test_a_vocabulary_without_terminal_tokens_is_searched_to_the_cap(exact: Chec
 
 
 @pytest.mark.parametrize("search", [SearchConfig(num_actions=4), SearchConfig(policy="gumbel", gumbel_scale=1.0)])
-def test_a_plan_does_not_depend_on_who_else_is_planned_for(exact: Checkpoint, search: SearchConfig) -> None:
+@pytest.mark.parametrize("kind", ["exact", "latent"])
+def test_a_plan_does_not_depend_on_who_else_is_planned_for(kind: str, search: SearchConfig) -> None:
     """Mixed lags, hypotheses, budgets and seeds in one batch; the same line, counts and, up to rounding, numbers."""
+    checkpoint = tiny_checkpoint(tiny_config(kind=kind))
     requests = [
-        request_after(exact, text, lag=lag, hypotheses=hypotheses, simulations=budget, seed=seed, request_id=i)
+        request_after(checkpoint, text, lag=lag, hypotheses=hypotheses, simulations=budget, seed=seed, request_id=i)
         for i, (text, lag, hypotheses, budget, seed) in enumerate(
             [(TEXTS[0], 1, 1, 9, 5), (TEXTS[1], 0, 1, 5, 6), (TEXTS[2], 1, 2, 9, 7), (TEXTS[3], 1, 1, 12, 8)]
         )
     ]
-    deliberator = Deliberator.from_checkpoint(exact, search=search)
+    deliberator = Deliberator.from_checkpoint(checkpoint, search=search)
     together = deliberator(requests)
     alone = [plan for request in requests for plan in deliberator([request])]
     backwards = deliberator(requests[::-1])
@@ -283,7 +285,7 @@ def test_the_seed_of_each_request_is_its_own(exact: Checkpoint) -> None:
     """With root noise, equal requests of different seeds get different trees, whatever their place in the batch."""
     search = SearchConfig(policy="gumbel", gumbel_scale=3.0, num_actions=8)
     deliberator = Deliberator.from_checkpoint(exact, search=search)
-    plans = deliberator([request_after(exact, seed=seed) for seed in (0, 1, 0, 2, 3)])
+    plans = deliberator([request_after(exact, seed=seed, simulations=30) for seed in (0, 1, 0, 2, 3)])
     probs = [tuple(plan.policy_probs_A.tolist()) for plan in plans]
     assert probs[0] == probs[2] and len(set(probs)) > 2
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from crsm.config import Channel, DeliberationConfig, EngineConfig, SamplingConfig, SearchConfig
+from crsm.config import DeliberationConfig, EngineConfig, SamplingConfig, SearchConfig
 from crsm.data.sequences import encode_answer
 from crsm.evaluation.controls import (
     AlteredPlanners,
@@ -24,6 +24,7 @@ from crsm.model import Checkpoint
 from crsm.planners import InlinePlanners, Planners
 from crsm.reasoning import Deliberator
 from crsm.tasks.base import Problem, Task
+from crsm.types import Channel
 
 TIME_SHIFT = 2
 """Positions by which the plans of the control ``time_shifted`` are late."""

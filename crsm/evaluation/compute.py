@@ -59,7 +59,7 @@ def costs(model: CRSM) -> Costs:
     """The costs of a model with the world model that its settings name."""
     sizes, settings = model.config.model.backbone, model.config.model
     state = sizes.n_heads * sizes.headdim * sizes.d_state
-    backbone = sum(_layer(layer, state) for layer in model.backbone.layers if isinstance(layer, Layer))
+    backbone = sum(_layer(layer, state) for layer in model.backbone.modules() if isinstance(layer, Layer))
     mixed = sizes.n_layer * sizes.d_model
     world, writer = model.world_model, model.writer
     if settings.world_model.kind == "latent":
@@ -69,7 +69,7 @@ def costs(model: CRSM) -> Costs:
             _matrix(part)
             for part in (world.query, world.read, world.decoder_linear, world.decoder_in, world.decoder_out)
         )
-        imagine += world.cell.weight_ih.numel() + world.cell.weight_hh.numel()
+        imagine += _matrices(world.cell)
     else:
         encode, imagine = 0, backbone
     return Costs(
@@ -78,7 +78,7 @@ def costs(model: CRSM) -> Costs:
         critic=model.critic.weight_LD.numel() + sizes.n_layer,
         encode=encode,
         imagine=imagine,
-        write_token=writer.gru.weight_ih_l0.numel() + writer.gru.weight_hh_l0.numel(),
+        write_token=_matrices(writer.gru),
         write=_matrix(writer.u) + _matrix(writer.b),
         # Outer products, and the blend of state and target.
         inject=sizes.n_layer * (settings.writer.rank + 1) * state,
@@ -88,6 +88,11 @@ def costs(model: CRSM) -> Costs:
 def _layer(layer: Layer, state: int) -> int:
     mixer = layer.mixer
     return _matrix(mixer.in_proj) + mixer.conv1d.weight.numel() + 3 * state + _matrix(mixer.out_proj)
+
+
+def _matrices(cell: nn.Module) -> int:
+    """Of a GRU: input and recurrent matrix of its three gates."""
+    return sum(parameter.numel() for name, parameter in cell.named_parameters() if name.startswith("weight"))
 
 
 def _matrix(linear: nn.Linear) -> int:

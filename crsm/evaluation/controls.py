@@ -7,6 +7,7 @@ runs through the very same loop as System 2 itself.
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
@@ -60,8 +61,20 @@ def random_write(seed: int) -> Alter:
 
 
 def other_problem(plans: list[Plan]) -> list[Plan]:
-    """Every generation gets the plan (line, write, gate, policy) made for another problem at the same step."""
-    return [_with_content_of(plan, plans[index - 1]) for index, plan in enumerate(plans)]
+    """Every generation gets the plan (line, write, gate, policy) made for another one, at the same position if there is
+    any; where nobody else was planned for, none."""
+    at_position: dict[int, dict[str, Plan]] = defaultdict(dict)
+    for plan in plans:
+        at_position[plan.position].setdefault(plan.generation_id, plan)
+    altered = []
+    for index, plan in enumerate(plans):
+        names = list(at_position[plan.position])
+        # The neighbour in the batch: a permutation, so that no plan is handed to all.
+        neighbour = at_position[plan.position][names[names.index(plan.generation_id) - 1]]
+        around = (neighbour, *(plans[index - back] for back in range(1, len(plans))))
+        other = next((other for other in around if other.generation_id != plan.generation_id), None)
+        altered.append(_shut(plan) if other is None else _with_content_of(plan, other))
+    return altered
 
 
 def time_shifted(shift: int) -> Alter:
@@ -74,7 +87,7 @@ def time_shifted(shift: int) -> Alter:
             made[plan.generation_id, plan.position] = plan
             former = made.pop((plan.generation_id, plan.position - shift), None)
             if former is None:
-                altered.append(dataclasses.replace(plan, confidence_L=np.zeros_like(plan.confidence_L)))
+                altered.append(_shut(plan))
             else:
                 altered.append(_with_content_of(plan, former))
         return altered
@@ -100,6 +113,10 @@ def silent_tokens(plans: list[Plan]) -> list[Plan]:
             )
         )
     return altered
+
+
+def _shut(plan: Plan) -> Plan:
+    return dataclasses.replace(plan, confidence_L=np.zeros_like(plan.confidence_L))
 
 
 def _with_content_of(plan: Plan, source: Plan) -> Plan:

@@ -6,13 +6,14 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 # Told apart by people who do not see red and green (Okabe and Ito).
 SYSTEM_1 = "#D55E00"
@@ -131,7 +132,7 @@ def draw_example(axes: Axes, example: GraphExample) -> None:
     places = tree_layout(example.edges, example.start)
     for u, v in example.edges:
         axes.plot(*zip(places[u], places[v], strict=True), color=LIGHT, linewidth=2, zorder=1)
-    steps_1, steps_2 = ([*zip(path, path[1:], strict=False)] for path in (example.path_1, example.path_2))
+    steps_1, steps_2 = ([*pairwise(path)] for path in (example.path_1, example.path_2))
     # Side by side where both went the same way.
     apart = 0.045 * (1 + max(x for x, _ in places.values()))
     for steps, color, side in ((steps_1, SYSTEM_1, -1), (steps_2, SYSTEM_2, 1)):
@@ -253,7 +254,7 @@ def draw_accuracies(axes: Axes, bars: Sequence[Accuracies]) -> None:
 
 
 def _p_value(p: float) -> str:
-    return f"McNemar p = {p:.2g}" if p >= 1e-99 else "McNemar p < 1e-99"
+    return f"p = {p:.1g}" if p >= 1e-99 else "p < 1e-99"
 
 
 def draw_timeline(axes: Axes, timeline: Timeline) -> None:
@@ -300,6 +301,8 @@ def draw_timeline(axes: Axes, timeline: Timeline) -> None:
                 zorder=4,
             )
         label = f"plan “{thought.line}” written" if used else f"plan “{thought.line}”: {thought.outcome}"
+        if not thought.line:
+            label = thought.outcome
         axes.text(last + 0.55 * step, y, label, va="center", fontsize=11, color=color)
     axes.set_xlim(-0.6 * step, last + 2.8 * step)
     axes.set_ylim(y_token - 1.15 - max(1, len(shown)) * row_height + 0.4, y_token + 0.8)
@@ -311,8 +314,8 @@ def draw_timeline(axes: Axes, timeline: Timeline) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("seconds since the first token", fontsize=11)
     axes.set_title(
-        f"One answer by the wall clock, {timeline.pace:g} tokens a second, plans asked for {timeline.lag} tokens ahead. "
-        f"{timeline.note}",
+        f"One answer by the wall clock, {timeline.pace:g} tokens a second, plans asked for {timeline.lag} tokens "
+        f"ahead. {timeline.note}",
         fontsize=12.5,
         loc="left",
         color=INK,
@@ -334,7 +337,7 @@ _METHODS = {
 def compute_figure(curves: Mapping[str, Any]) -> Figure:
     """Accuracy over multiply-adds of :func:`crsm.evaluation.equal_compute.accuracy_against_compute`."""
     figure = _figure(9, 5.6)
-    axes = figure.add_axes((0.085, 0.12, 0.88, 0.74))
+    axes = figure.add_axes((0.085, 0.115, 0.88, 0.81))
     for method, points in curves["methods"].items():
         name, color, marker, unit = _METHODS[method]
         x = [point["multiply_adds"] for point in points]
@@ -353,6 +356,9 @@ def compute_figure(curves: Mapping[str, Any]) -> Figure:
                 color=color,
             )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g} M"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("multiply-adds per answer, after the prompt", fontsize=11)
     axes.set_ylim(0, 1.08)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from crsm.mamba_ssm import Mixer
 from crsm.model import PARTS, Checkpoint
 from crsm.types import Plan, PlanRequest
 
@@ -46,7 +47,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "facts": {
             "vocabulary": f"{checkpoint.tokenizer.vocab_size} ({checkpoint.tokenizer.kind})",
             "tasks": ", ".join(task.name for task in config.tasks),
-            "kernels": model.backbone.layers[0].mixer.kernels.NAME,
+            "kernels": _kernels(checkpoint),
             "weights": checkpoint.weights_hash,
             "model version": checkpoint.model_version,
             "trust horizon": _or_unmeasured(checkpoint.trust_horizon),
@@ -93,6 +94,12 @@ def _plan(checkpoint: Checkpoint) -> Plan:
         policy_tokens_A=np.zeros(actions, np.int64),
         policy_probs_A=np.zeros(actions, np.float32),
     )
+
+
+def _kernels(checkpoint: Checkpoint) -> str:
+    """Names of the kernels that the layers run on."""
+    mixers = [module for module in checkpoint.model.backbone.modules() if isinstance(module, Mixer)]
+    return ", ".join(sorted({mixer.kernels.NAME for mixer in mixers}))
 
 
 def _gates(checkpoint: Checkpoint) -> str:

@@ -8,13 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from crsm.config import Channel
 from crsm.data.sequences import Sequence as TokenSequence
 from crsm.evaluation.solving import Answer, solve
 from crsm.model import Checkpoint
 from crsm.planners import InlinePlanners
 from crsm.reasoning import Deliberator
 from crsm.tasks.base import Problem, Task
+from crsm.types import Channel
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crsm.config import Channel, DeliberationConfig, EngineConfig
+from crsm.config import DeliberationConfig, EngineConfig
 from crsm.data.sequences import encode_answer, encode_prompt
 from crsm.engine import as_injection
 from crsm.evaluation.solving import solve
@@ -26,7 +26,7 @@ from crsm.planners import Arrivals, InlinePlanners, Planners
 from crsm.reasoning import Deliberator
 from crsm.steering import advance, no_steering, steer
 from crsm.tasks.base import Problem, Task, keyed_rng
-from crsm.types import Injection, ModelState, Plan, PlanRequest
+from crsm.types import Channel, Injection, ModelState, Plan, PlanRequest
 
 ADVERSARIAL_NORM = 1e6
 """Norm of an adversarial write over that of the state."""

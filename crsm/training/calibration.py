@@ -130,8 +130,9 @@ def judge_plans(checkpoint: Checkpoint, task: Task, count: int, seed: int, lag: 
     )
     usable = [plan for plan in recorder.plans if plan.line and _assumed_right(plan, run)]
     critic = checkpoint.model.critic
-    root_ML = torch.from_numpy(np.stack([plan.value_root_L for plan in usable]))
-    last_ML = torch.from_numpy(np.stack([plan.value_plan_L for plan in usable]))
+    layers = checkpoint.config.model.backbone.n_layer
+    root_ML = torch.from_numpy(np.array([plan.value_root_L for plan in usable], np.float32).reshape(-1, layers))
+    last_ML = torch.from_numpy(np.array([plan.value_plan_L for plan in usable], np.float32).reshape(-1, layers))
     with torch.inference_mode():
         gain_M = critic.consensus(last_ML) - critic.consensus(root_ML)
     alone = [run.answers[_index(plan)].correct for plan in usable]
@@ -140,7 +141,7 @@ def judge_plans(checkpoint: Checkpoint, task: Task, count: int, seed: int, lag: 
         torch.tensor([plan.uncertainty for plan in usable]),
         gain_M.clone(),
         _follow(checkpoint, task, usable, run),
-        np.array(alone),
+        np.array(alone, dtype=bool),
     )
 
 

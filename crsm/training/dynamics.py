@@ -77,7 +77,7 @@ class DynamicsStage(Stage):
 
     def _roots(self, texts: Texts) -> tuple[int, ...]:
         """Every position of the answers, or some of them at random, the same on every worker."""
-        every, count = texts.answer_BT.shape[1], self.settings.roots
+        every, count = int(texts.length_B.max()), self.settings.roots
         if count is None or count >= every:
             return tuple(range(every))
         # From the texts themselves, so that the loss stays a function of its batch.
@@ -139,7 +139,9 @@ def masked_mean(x_M: Tensor, mask_M: Tensor) -> Tensor:
 
 def unroll(model: CRSM, world_model: WorldModel, trace: Trace, texts: Texts, steps: int) -> Iterator[UnrolledStep]:
     """Unrolls the world model along the answers from all roots at once and compares it with the backbone."""
-    sequences, tokens = texts.answer_BT.shape
+    sequences = len(texts.answer_BT)
+    # Not the width of the rows: one worker's part of a step may hold none that is as long as the padding.
+    tokens = int(texts.length_B.max())
     device = texts.answer_BT.device
     roots_R = torch.tensor(trace.roots, device=device)
     with torch.no_grad():
