@@ -482,13 +482,17 @@ def demo(
     Accuracy by the virtual clock, which no machine's speed can change; then some answers by the wall clock, where
     planners must not delay a token. Exit status 1 if they did, or if no plan was written.
     """
-    from jobs.checkpoints import load_with_settings
+    from crsm.evaluation.demo import check_demo, run_demo
+    from jobs.checkpoints import limit_threads, load_with_settings
     from jobs.command import write_result
-    from jobs.demo import run_demo
+    from jobs.demo import demo_planners
 
     loaded = load_with_settings(checkpoint, config, overrides, seed)
-    results, status = run_demo(loaded, problems, pace, figure, actors)
-    write_result("demo", loaded.config, loaded.config.seed, results, json)
+    check_demo(loaded, figure)
+    limit_threads()
+    with demo_planners(loaded, actors) as (planners, kind):
+        results, status = run_demo(loaded, planners, problems, pace, figure)
+    write_result("demo", loaded.config, loaded.config.seed, {"planners": kind, **results}, json)
     if status:
         raise SystemExit(status)
 

@@ -212,10 +212,6 @@ class DeliberationConfig(Settings):
     withdraw: bool = True
     """Take a superseded or spent write out of the state again."""
 
-    @model_validator(mode="after")
-    def _lag_within_limit(self) -> DeliberationConfig:
-        return self
-
 
 class SamplingConfig(Settings):
     temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0

@@ -462,9 +462,11 @@ class Engine:
         )
         for plan, reason in due.outcomes:
             self._settle(plan.request_id, reason)
-        if due.plan is None or settings.channel is Channel.OFF:
+        if due.plan is None:
             return None
-        return as_injection(due.plan, generation.position, settings)
+        injection = as_injection(due.plan, generation.position, settings)
+        # A rate of 0, a late plan on the policy channel, a channel that is off: nothing would be applied.
+        return injection if any(injection.alpha_L) or injection.policy_weight > 0 else None
 
     def _refuse(self, request_id: int, reason: Reason) -> None:
         """Settles a request of which nothing will be used, not even plans that are waiting already."""

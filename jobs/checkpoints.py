@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +14,8 @@ import typer
 if TYPE_CHECKING:
     from crsm.config import Config
     from crsm.model import Checkpoint
-    from crsm.planners import Arrivals, Planners
+    from crsm.planners import Planners
     from crsm.tasks.base import Task
-    from crsm.types import PlanRequest
 
 CheckpointOption = Annotated[
     str, typer.Option("--checkpoint", metavar="NAME", help="A checkpoint's folder, or the name of a shipped one.")
@@ -131,6 +130,8 @@ def planner_factory(kind: PlannerKind, checkpoint: Checkpoint) -> Iterator[Calla
     if kind is PlannerKind.THREADS:
         yield lambda: ThreadPlanners(Deliberator.from_checkpoint(checkpoint), settings.count, settings.max_batch)
         return
+    from crsm.evaluation.lent_planners import LentPlanners
+
     with planner_actors(checkpoint) as pool:
         yield lambda: LentPlanners(pool)
 
@@ -153,37 +154,6 @@ def planner_actors(checkpoint: Checkpoint, shed: bool = False) -> Iterator[Plann
             yield pool
         finally:
             pool.close()
-
-
-class LentPlanners:
-    """The same planners for one engine after the other.
-
-    An engine numbers its requests from 0 and may leave some behind: ``close`` waits until all have come back, so that
-    no plan reaches the next engine, and leaves the planners alive.
-    """
-
-    def __init__(self, inner: Planners) -> None:
-        self._inner = inner
-        self._out: set[int] = set()
-
-    def submit(self, requests: Sequence[PlanRequest]) -> None:
-        self._out.update(request.request_id for request in requests)
-        self._inner.submit(requests)
-
-    def poll(self) -> Arrivals:
-        return self._seen(self._inner.poll())
-
-    def wait(self, request_ids: Collection[int]) -> Arrivals:
-        return self._seen(self._inner.wait(request_ids))
-
-    def close(self) -> None:
-        while self._out:
-            self._seen(self._inner.wait(tuple(self._out)))
-
-    def _seen(self, arrivals: Arrivals) -> Arrivals:
-        self._out.difference_update(plan.request_id for plan in arrivals.plans)
-        self._out.difference_update(request.request_id for request in arrivals.lost)
-        return arrivals
 
 
 def limit_threads(threads: int = 1) -> int:

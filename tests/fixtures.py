@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from crsm.config import (
 )
 from crsm.data import Tokenizer, build_tokenizer
 from crsm.injection import head_norms
+from crsm.mamba_ssm import Backbone, Layer
 from crsm.model import Checkpoint, build_model
 from crsm.planners import Arrivals
 from crsm.tasks import build_task
@@ -32,7 +34,7 @@ PROMPT = (7, 9, 22, 24, 5, 26)
 
 
 def tiny_config(
-    *, n_layer: int = 2, kind: str = "latent", rank: int = 1, tied: bool = False, **changes: object
+    *, n_layer: int = 2, kind: Literal["latent", "exact"] = "latent", rank: int = 1, tied: bool = False, **changes: Any
 ) -> Config:
     backbone = BackboneConfig(d_model=16, n_layer=n_layer, d_state=8, headdim=8, chunk_size=8, tie_embeddings=tied)
     return Config(
@@ -66,7 +68,7 @@ def tiny_checkpoint(config: Config | None = None, *, seed: int = 4, calibrated: 
             model.backbone.embedding.weight.normal_(std=0.7)
             model.lm_head.weight.normal_(std=0.7)
             model.lm_head.weight[list(tokenizer.terminal_ids)] = 0.0
-            for layer in model.backbone.layers:
+            for layer in layers_of(model.backbone):
                 layer.mixer.out_proj.weight *= 4.0
                 layer.mixer.in_proj.weight *= 2.0
             for read_out in (model.writer.u, model.writer.b):
@@ -76,6 +78,10 @@ def tiny_checkpoint(config: Config | None = None, *, seed: int = 4, calibrated: 
         layers = model.config.model.backbone.n_layer
         model.gate.calibrate(torch.full((layers,), 0.1), torch.linspace(1.0, 2.0, layers), -10.0)
     return Checkpoint(model.eval().requires_grad_(False), tokenizer, model_version=3, weights_hash="0123456789abcdef")
+
+
+def layers_of(backbone: Backbone) -> list[Layer]:
+    return [cast(Layer, layer) for layer in backbone.layers]
 
 
 def random_state(checkpoint: Checkpoint, tokens: Sequence[int] = PROMPT) -> ModelState:
@@ -93,13 +99,13 @@ def make_plan(
     confidence: float = 1.0,
     scale: float = 1.0,
     seed: int = 0,
-    **changes: object,
+    **changes: Any,
 ) -> Plan:
     """A well-formed plan for a request, with a random write."""
     sizes, rank = checkpoint.config.model.backbone, checkpoint.config.model.writer.rank
     rng = np.random.default_rng([seed, request.target])
     layers = sizes.n_layer
-    fields: dict[str, object] = {
+    fields: dict[str, Any] = {
         "request_id": request.request_id,
         "generation_id": request.generation_id,
         "position": request.position,
@@ -118,7 +124,7 @@ def make_plan(
         "planner_id": "by hand",
         "model_version": request.model_version,
     }
-    return Plan(**(fields | changes))  # type: ignore[arg-type]
+    return Plan(**(fields | changes))
 
 
 def a_request(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from crsm.config import DeliberationConfig, SamplingConfig
@@ -17,11 +16,10 @@ from tests.fixtures import PROMPT, a_request, make_plan, norms, random_state, ti
 from tests.recall import KEYS, answer_loss, states_before_the_query, texts, trained, with_keys
 
 
-@pytest.mark.parametrize("withdraw", [True, False])
-def test_ten_thousand_hostile_injections_never_make_a_state_grow(withdraw: bool) -> None:
+def test_ten_thousand_hostile_injections_never_make_a_state_grow() -> None:
     """Guarantee 2 through ``steer``: huge, tiny and middling writes, gates wide open, before every token of four
-    generations, each superseding the last. No norm is ever larger than right before it, and over all the tokens none
-    leaves what the same text does unsteered by more than a small factor."""
+    generations, each superseding the last, which two withdraw and two leave in. No norm is ever larger than right
+    before it, and over all the tokens none is more than a small factor larger than unsteered."""
     checkpoint, rows = tiny_checkpoint(), range(4)
     plain = state = concat_states([random_state(checkpoint, PROMPT[: 2 + row]) for row in rows])
     steering = no_steering(state)
@@ -34,7 +32,7 @@ def test_ten_thousand_hostile_injections_never_make_a_state_grow(withdraw: bool)
     for _ in range(10_000 // len(rows)):
         due = {row: Injection(plans[rng.integers(64)], 6, tuple((rng.random(2) ** 0.25).tolist())) for row in rows}
         before = norms(state)
-        state, steering = steer(state, steering, due, [6] * 4, [withdraw] * 4)
+        state, steering = steer(state, steering, due, [6] * 4, [True, True, False, False])
         assert (norms(state) <= before * (1 + 2e-6)).all()
         with torch.inference_mode():
             tokens = torch.tensor(rng.integers(7, 31, size=4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,14 +25,14 @@ def checkpoint() -> Checkpoint:
 
 
 def plan_for(
-    checkpoint: Checkpoint, position: int, lag: int, request_id: int = 0, confidence: float = 1.0, **changes: object
+    checkpoint: Checkpoint, position: int, lag: int, request_id: int = 0, confidence: float = 1.0, **changes: Any
 ) -> Plan:
     """A plan that foresaw ``TOKENS``."""
     start = position + 1 - FIRST
     request = a_request(request_id=request_id, position=position, lag=lag)
     said = tuple(TOKENS[start:])
-    fields = {"assumed": said[:lag], "line": said[lag : lag + 3], **changes}
-    return make_plan(request, checkpoint, confidence=confidence, **fields)  # type: ignore[arg-type]
+    fields: dict[str, Any] = {"assumed": said[:lag], "line": said[lag : lag + 3], **changes}
+    return make_plan(request, checkpoint, confidence=confidence, **fields)
 
 
 def take(buffer: DeltaBuffer, position: int, max_lag: int = 3) -> tuple[Plan | None, int, list[tuple[int, Reason]]]:
@@ -78,7 +79,7 @@ def test_a_plan_is_stale_after_max_lag_tokens(checkpoint: Checkpoint) -> None:
     ],
 )
 def test_a_plan_that_the_text_left_is_a_mismatch(
-    checkpoint: Checkpoint, changes: dict[str, object], position: int
+    checkpoint: Checkpoint, changes: dict[str, Any], position: int
 ) -> None:
     assert take(filled(plan_for(checkpoint, 10, 2, **changes)), position) == (None, 0, [(0, Reason.MISMATCH)])
 
@@ -154,7 +155,7 @@ def f32(*values: float) -> np.ndarray:
     return np.array(values, np.float32)
 
 
-REFUSED: dict[str, tuple[dict[str, object], str]] = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nan in u": ({"write_u_LRE": np.full((2, 1, 32), np.nan, np.float32)}, "write_u_LRE holds NaN"),
     "infinity in b": ({"write_b_LRN": np.full((2, 1, 8), np.inf, np.float32)}, "write_b_LRN holds NaN or inf"),
     "nan value": ({"value_plan_L": f32(0.5, np.nan)}, "value_plan_L holds NaN"),
@@ -184,7 +185,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_plan_of_the_wrong_form_is_refused_in_words(checkpoint: Checkpoint, name: str) -> None:
     changes, message = REFUSED[name]
-    plan = dataclasses.replace(make_plan(a_request(lag=1), checkpoint, assumed=(4,)), **changes)  # type: ignore[arg-type]
+    plan = dataclasses.replace(make_plan(a_request(lag=1), checkpoint, assumed=(4,)), **changes)
     fault = check_plan(plan, checkpoint.config.model.backbone, 1)
     assert fault is not None
     with pytest.raises(ValueError, match=message):

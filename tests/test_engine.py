@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ FIRST = len(PROMPT)
 """Position of the first generated token."""
 WALL = EngineConfig(clock="wall")
 
+Clock = Literal["virtual", "wall"]
 Write = Callable[[int, ModelState, Tensor], ModelState]
 
 
@@ -53,7 +55,7 @@ def heard(tokens: Sequence[Token]) -> list[tuple[int, float]]:
 
 
 def ask(
-    prompt: tuple[int, ...] = PROMPT, tokens: int = 10, name: str = "", simulations: int = 8, **deliberation: object
+    prompt: tuple[int, ...] = PROMPT, tokens: int = 10, name: str = "", simulations: int = 8, **deliberation: Any
 ) -> GenerationRequest:
     return GenerationRequest(
         prompt, SamplingConfig(max_tokens=tokens), DeliberationConfig(**deliberation), simulations, name
@@ -127,7 +129,7 @@ def test_without_planners_the_logits_are_the_plain_backbones_bit_for_bit() -> No
 
 @pytest.mark.parametrize("channel", list(Channel))
 @pytest.mark.parametrize("clock", ["virtual", "wall"])
-def test_with_gates_of_zero_the_logits_are_the_plain_backbones_bit_for_bit(channel: Channel, clock: str) -> None:
+def test_with_gates_of_zero_the_logits_are_the_plain_backbones_bit_for_bit(channel: Channel, clock: Clock) -> None:
     """Guarantee 1: an uncalibrated planner plans, and nothing it plans is heard."""
     checkpoint = tiny_checkpoint(calibrated=False)
     engine = Engine(checkpoint, InlinePlanners(Deliberator.from_checkpoint(checkpoint)), EngineConfig(clock=clock))
@@ -137,7 +139,7 @@ def test_with_gates_of_zero_the_logits_are_the_plain_backbones_bit_for_bit(chann
 
 
 @pytest.mark.parametrize("setting", [{"channel": Channel.OFF}, {"injection_rate": 0.0}])
-def test_open_gates_change_nothing_when_the_channel_is_off_or_the_rate_is_zero(setting: dict[str, object]) -> None:
+def test_open_gates_change_nothing_when_the_channel_is_off_or_the_rate_is_zero(setting: dict[str, Any]) -> None:
     checkpoint = tiny_checkpoint()
     engine = Engine(checkpoint, FakePlanners(lambda request: [make_plan(request, checkpoint)]))
     (tokens,) = run(engine, [ask(lag=0, **setting)])
@@ -163,7 +165,7 @@ def test_planners_in_threads_give_the_same_tokens_as_inline(count: int, channel:
     """Guarantee 5 in one process: the virtual clock makes the planners' speed invisible."""
     checkpoint = tiny_checkpoint(tiny_config(kind="exact"))
     deliberator = Deliberator.from_checkpoint(checkpoint)
-    settings_ = {"injection_rate": 0.5, "channel": channel}
+    settings_: dict[str, Any] = {"injection_rate": 0.5, "channel": channel}
     requests = [ask(PROMPT, lag=2, **settings_), ask(OTHER_PROMPT[:4], lag=1, **settings_), ask((9, 8), **settings_)]
     inline = Engine(checkpoint, InlinePlanners(deliberator, max_batch=2))
     threads = ThreadPlanners(deliberator, count=count, max_batch=2)
@@ -194,7 +196,7 @@ def test_two_runs_with_sampling_give_the_same_tokens_and_other_seeds_others() ->
 
 @pytest.mark.parametrize("lag", [0, 1, 2, 3])
 @pytest.mark.parametrize("clock", ["virtual", "wall"])
-def test_a_plan_is_written_right_before_its_target_is_consumed_and_into_its_row_only(lag: int, clock: str) -> None:
+def test_a_plan_is_written_right_before_its_target_is_consumed_and_into_its_row_only(lag: int, clock: Clock) -> None:
     checkpoint = tiny_checkpoint()
     assumed = tuple(said_alone(checkpoint)[1 : 1 + lag])
     plans: list[Plan] = []
@@ -305,7 +307,13 @@ def test_a_late_plan_on_the_wall_clock_is_carried_by_the_decays_and_weakened(lat
         return plans
 
     engine = Engine(checkpoint, FakePlanners(answer, delay=lambda request: (1 + late,)), WALL)
-    deliberation = {"lag": 1, "max_plans": 1, "injection_rate": 0.5, "late_decay": 0.9, "withdraw": False}
+    deliberation: dict[str, Any] = {
+        "lag": 1,
+        "max_plans": 1,
+        "injection_rate": 0.5,
+        "late_decay": 0.9,
+        "withdraw": False,
+    }
     (tokens,) = run(engine, [ask(**deliberation)])
     target = FIRST + 1
 
@@ -411,7 +419,7 @@ def test_a_request_carries_the_snapshot_taken_before_its_token() -> None:
     ],
 )
 def test_plans_are_asked_for_as_often_as_set_and_never_for_after_the_end(
-    deliberation: dict[str, int], positions: list[int]
+    deliberation: dict[str, Any], positions: list[int]
 ) -> None:
     planners = FakePlanners(lambda request: None)
     run(Engine(tiny_checkpoint(), planners), [ask(tokens=8, **deliberation)])
@@ -479,7 +487,7 @@ SPOILED: dict[str, Callable[[Plan], Plan]] = {
 
 @pytest.mark.parametrize("clock", ["virtual", "wall"])
 @pytest.mark.parametrize("how", SPOILED)
-def test_a_malformed_plan_is_refused_counted_and_not_heard(how: str, clock: str) -> None:
+def test_a_malformed_plan_is_refused_counted_and_not_heard(how: str, clock: Clock) -> None:
     checkpoint = tiny_checkpoint()
     planners = FakePlanners(lambda request: [SPOILED[how](make_plan(request, checkpoint))])
     engine = Engine(checkpoint, planners, EngineConfig(clock=clock))
@@ -500,7 +508,7 @@ def test_one_malformed_future_spoils_the_whole_request() -> None:
 
 
 @pytest.mark.parametrize("clock", ["virtual", "wall"])
-def test_plans_of_other_weights_are_refused(clock: str) -> None:
+def test_plans_of_other_weights_are_refused(clock: Clock) -> None:
     checkpoint = tiny_checkpoint()
     planners = FakePlanners(lambda request: [make_plan(request, checkpoint, model_version=2)])
     engine = Engine(checkpoint, planners, EngineConfig(clock=clock))
@@ -510,7 +518,7 @@ def test_plans_of_other_weights_are_refused(clock: str) -> None:
 
 
 @pytest.mark.parametrize("clock", ["virtual", "wall"])
-def test_lost_plans_are_counted_and_decoding_goes_on(clock: str) -> None:
+def test_lost_plans_are_counted_and_decoding_goes_on(clock: Clock) -> None:
     """Guarantee 6, from the engine's side."""
     checkpoint = tiny_checkpoint()
     engine = Engine(checkpoint, FakePlanners(lambda request: None), EngineConfig(clock=clock))
@@ -636,7 +644,7 @@ def test_every_request_is_settled_exactly_once_whatever_arrives_when(
         return [plan]
 
     engine = Engine(checkpoint, FakePlanners(answer, delay=lambda request: kind(request)[1]), WALL)
-    deliberation = {"lag": lag, "max_lag": max_lag, "withdraw": withdraws, "injection_rate": 0.5}
+    deliberation: dict[str, Any] = {"lag": lag, "max_lag": max_lag, "withdraw": withdraws, "injection_rate": 0.5}
     engine.submit(ask(tokens=8, name="a", **deliberation))
     engine.submit(ask(OTHER_PROMPT[:3], tokens=6, name="b", **deliberation))
     said: dict[str, list[Token]] = {"a": [], "b": []}
@@ -671,7 +679,7 @@ def test_generations_that_join_at_different_times_say_what_they_say_alone() -> N
     prompts = [PROMPT, OTHER_PROMPT[:3], (20,), OTHER_PROMPT]
     engine = Engine(checkpoint, config=EngineConfig(max_batch=3))
     said: dict[str, list[int]] = {}
-    names = []
+    names: list[str] = []
     for step in range(40):
         if step % 3 == 0 and len(names) < len(prompts):
             names.append(engine.submit(ask(prompts[len(names)], tokens=9)))
@@ -780,13 +788,13 @@ def replay(checkpoint: Checkpoint, logged: Sequence[LoggedGeneration], config: E
     return run(engine, requests)
 
 
-def record(path: Path, checkpoint: Checkpoint, **settings_: object) -> tuple[list[list[Token]], Engine]:
+def record(path: Path, checkpoint: Checkpoint, **settings_: Any) -> tuple[list[list[Token]], Engine]:
     world = ExactDynamics(checkpoint.model.backbone)
     planners = InlinePlanners(Deliberator.from_checkpoint(checkpoint, world_model=world))
     with open(path, "w", encoding="utf-8") as file:
         engine = Engine(checkpoint, planners, world_model=world, event_log=EventLog(file))
         sampled = SamplingConfig(temperature=0.7, max_tokens=12, seed=5)
-        deliberation = DeliberationConfig(lag=1, injection_rate=0.5, **settings_)  # type: ignore[arg-type]
+        deliberation = DeliberationConfig(lag=1, injection_rate=0.5, **settings_)
         requests = [
             GenerationRequest(PROMPT, sampled, deliberation, 8),
             GenerationRequest(OTHER_PROMPT, SamplingConfig(max_tokens=12), deliberation, 8),
@@ -808,7 +816,7 @@ def test_a_log_replays_to_the_same_tokens_without_a_planner(tmp_path: Path, chan
 
 
 @pytest.mark.parametrize("clock", ["virtual", "wall"])
-def test_a_log_with_late_plans_replays_on_either_clock(tmp_path: Path, clock: str) -> None:
+def test_a_log_with_late_plans_replays_on_either_clock(tmp_path: Path, clock: Clock) -> None:
     checkpoint = tiny_checkpoint()
     alone = said_alone(checkpoint)
     planners = FakePlanners(
@@ -844,7 +852,7 @@ def test_the_log_of_a_cancelled_generation_holds_the_tokens_it_said(tmp_path: Pa
     assert read_log(path)[0].tokens == words(said)
 
 
-def _spoil(number: int, change: Callable[[dict[str, object]], object]) -> Callable[[list[str]], list[str]]:
+def _spoil(number: int, change: Callable[[dict[str, Any]], object]) -> Callable[[list[str]], list[str]]:
     def spoil(lines: list[str]) -> list[str]:
         event = json.loads(lines[number])
         change(event)
@@ -853,7 +861,7 @@ def _spoil(number: int, change: Callable[[dict[str, object]], object]) -> Callab
     return spoil
 
 
-def _edit_write(event: dict) -> None:  # type: ignore[type-arg]
+def _edit_write(event: dict[str, Any]) -> None:
     data = event["arrays"]["write_u_LRE"]["data"]
     event["arrays"]["write_u_LRE"]["data"] = ("B" if data[0] == "A" else "A") + data[1:]
 

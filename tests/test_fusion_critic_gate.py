@@ -53,7 +53,7 @@ def test_the_entropy_bonus_pushes_towards_all_layers() -> None:
     fusion.entropy().backward()
     assert fusion.logits_L.grad is not None
     with torch.no_grad():
-        fusion.logits_L += 0.1 * fusion.logits_L.grad
+        fusion.logits_L.add_(0.1 * fusion.logits_L.grad)
     assert before < float(fusion.entropy().detach()) < math.log(4)
 
 

@@ -35,7 +35,7 @@ def test_a_write_is_the_sum_of_its_outer_products() -> None:
     u, b = rng.normal(size=(2, 3, H * P)), rng.normal(size=(2, 3, N))
     got = outer_write(torch.tensor(u), torch.tensor(b), H)
     for row in range(2):
-        want = sum(np.outer(u[row, rank], b[row, rank]) for rank in range(3))
+        want = np.sum([np.outer(u[row, rank], b[row, rank]) for rank in range(3)], axis=0)
         np.testing.assert_allclose(got[row].numpy(), want.reshape(H, P, N), rtol=1e-12)
 
 

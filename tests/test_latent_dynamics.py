@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_a_snapshot_carries_what_is_read_and_no_more(layers: tuple[int, ...] | N
 
 
 @pytest.mark.parametrize("kind", ["latent", "exact"])
-def test_rows_are_imagined_independently(kind: str) -> None:
+def test_rows_are_imagined_independently(kind: Literal["latent", "exact"]) -> None:
     model = tiny_checkpoint(tiny_config(kind=kind)).model
     world, snapshot = model.planning_model(), snapshot_of(model)
     token = torch.tensor([3, 9, 27])

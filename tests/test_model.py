@@ -9,6 +9,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def edit_json(path: Path, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     tree = json.loads(path.read_text())
     change(tree)
     path.write_text(json.dumps(tree))
@@ -61,13 +62,12 @@ def test_a_saved_checkpoint_comes_back_bit_for_bit(tmp_path: Path, tied: bool) -
     assert loaded.config == original.config and not loaded.model.training
     assert loaded.tokenizer.to_json() == original.tokenizer.to_json()
     assert (loaded.model.lm_head.weight is loaded.model.backbone.embedding.weight) is tied
-    for mine, other in zip(
-        original.model.prefill(torch.tensor([PROMPT])), loaded.model.prefill(torch.tensor([PROMPT])), strict=True
-    ):
-        if isinstance(mine, torch.Tensor):
-            assert torch.equal(mine, other)
-        else:
-            assert_same_state(mine, other)
+    prompt_BT = torch.tensor([PROMPT])
+    (logits, hidden, state), (logits_2, hidden_2, state_2) = (
+        m.prefill(prompt_BT) for m in (original.model, loaded.model)
+    )
+    assert torch.equal(logits, logits_2) and torch.equal(hidden, hidden_2)
+    assert_same_state(state, state_2)
     assert sorted(os.listdir(tmp_path / "deep")) == ["model"]
     assert sorted(os.listdir(tmp_path / "deep" / "model")) == ["config.json", "model.safetensors", "tokenizer.json"]
 
@@ -193,7 +193,7 @@ def test_a_missing_file_is_refused_by_name(saved: Path, name: str) -> None:
 )
 def test_a_description_that_does_not_fit_is_refused_with_both_values(
     saved: Path,
-    change: Callable[[dict], object],  # type: ignore[type-arg]
+    change: Callable[[dict[str, Any]], object],
     message: str,
 ) -> None:
     edit_json(saved / "config.json", change)
@@ -293,8 +293,8 @@ def test_logits_read_the_norm_of_the_mixture() -> None:
 
 def test_a_prompt_in_two_pieces_leaves_the_same_state() -> None:
     model = tiny_checkpoint().model
-    whole = model.prefill(torch.tensor([PROMPT]))
+    logits, hidden, _ = model.prefill(torch.tensor([PROMPT]))
     _, _, state = model.prefill(torch.tensor([PROMPT[:4]]))
-    resumed = model.prefill(torch.tensor([PROMPT[4:]]), state)
-    for mine, other in zip(whole[:2], resumed[:2], strict=True):
-        np.testing.assert_allclose(mine, other, atol=1e-5)
+    resumed_logits, resumed_hidden, _ = model.prefill(torch.tensor([PROMPT[4:]]), state)
+    np.testing.assert_allclose(resumed_logits, logits, atol=1e-5)
+    np.testing.assert_allclose(resumed_hidden, hidden, atol=1e-5)

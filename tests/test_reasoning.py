@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from crsm.reasoning import Deliberator, project, stack_snapshots
 from crsm.types import Plan, PlanRequest
 from tests.fixtures import PROMPT, tiny_checkpoint, tiny_config
 
+Kind = Literal["latent", "exact"]
 TEXTS = (PROMPT, (10, 21, 4, 8, 23, 7, 9), (20, 20, 9), (11, 12, 13, 14))
 
 
@@ -39,7 +41,7 @@ def request_after(
     lag: int = 0,
     token: int | None = None,
     request_id: int = 0,
-    **fields: object,
+    **fields: Any,
 ) -> PlanRequest:
     """What an engine would ask after ``text``, whose next token is System 1's own choice."""
     model = checkpoint.model
@@ -54,7 +56,7 @@ def request_after(
         hidden_LD=snapshot.hidden_BLD[0].numpy(),
         ssm_LHPN=snapshot.memory_BMHPN[0].numpy(),
         conv_LCK=None if snapshot.conv_BLCK is None else snapshot.conv_BLCK[0].numpy(),
-        **({"simulations": 8} | fields),  # type: ignore[arg-type]
+        **({"simulations": 8} | fields),
     )
 
 
@@ -140,7 +142,7 @@ def test_with_nothing_to_assume_there_is_one_future(exact: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("kind", ["latent", "exact"])
-def test_a_plan_is_well_formed_and_addressed_to_its_request(kind: str) -> None:
+def test_a_plan_is_well_formed_and_addressed_to_its_request(kind: Kind) -> None:
     checkpoint = tiny_checkpoint(tiny_config(kind=kind, rank=2))
     request = request_after(checkpoint, lag=2, request_id=5, simulations=11, seed=3)
     (plan,) = Deliberator.from_checkpoint(checkpoint, planner_id="me")([request])
@@ -207,10 +209,10 @@ def test_the_trust_horizon_caps_projection_and_search_together(
     )
     (plan,) = deliberator([request_after(exact, lag=lag, simulations=60)])
 
-    def depth_of(node: dict[str, list]) -> int:  # type: ignore[type-arg]
+    def depth_of(node: Any) -> int:
         return max((1 + depth_of(child) for child in node["children"]), default=0)
 
-    assert plan.tree is not None and depth_of(plan.tree) == depth  # type: ignore[arg-type]
+    assert plan.tree is not None and depth_of(plan.tree) == depth
 
 
 # The end of a text ----------------------------------------------------------------------------------------------------
@@ -257,20 +259,20 @@ def test_a_vocabulary_without_terminal_tokens_is_searched_to_the_cap(exact: Chec
 
 @pytest.mark.parametrize("search", [SearchConfig(num_actions=4), SearchConfig(policy="gumbel", gumbel_scale=1.0)])
 @pytest.mark.parametrize("kind", ["exact", "latent"])
-def test_a_plan_does_not_depend_on_who_else_is_planned_for(kind: str, search: SearchConfig) -> None:
+def test_a_plan_does_not_depend_on_who_else_is_planned_for(kind: Kind, search: SearchConfig) -> None:
     """Mixed lags, hypotheses, budgets and seeds in one batch; the same line, counts and, up to rounding, numbers."""
     checkpoint = tiny_checkpoint(tiny_config(kind=kind))
     requests = [
         request_after(checkpoint, text, lag=lag, hypotheses=hypotheses, simulations=budget, seed=seed, request_id=i)
         for i, (text, lag, hypotheses, budget, seed) in enumerate(
-            [(TEXTS[0], 1, 1, 9, 5), (TEXTS[1], 0, 1, 5, 6), (TEXTS[2], 1, 2, 9, 7), (TEXTS[3], 1, 1, 12, 8)]
+            [(TEXTS[0], 1, 1, 9, 5), (TEXTS[1], 0, 1, 5, 6), (TEXTS[2], 1, 2, 9, 7), (TEXTS[3], 1, 2, 12, 8)]
         )
     ]
     deliberator = Deliberator.from_checkpoint(checkpoint, search=search)
     together = deliberator(requests)
     alone = [plan for request in requests for plan in deliberator([request])]
     backwards = deliberator(requests[::-1])
-    assert [plan.request_id for plan in together] == [0, 1, 2, 2, 3]
+    assert [plan.request_id for plan in together] == [0, 1, 2, 2, 3, 3]
     for others in (alone, sorted(backwards, key=lambda plan: plan.request_id)):
         for mine, other in zip(together, others, strict=True):
             assert (mine.request_id, mine.assumed, mine.line) == (other.request_id, other.assumed, other.line)
@@ -342,9 +344,9 @@ def test_a_deadline_or_a_stop_ends_the_search_with_what_there_is(exact: Checkpoi
     ],
 )
 def test_a_malformed_request_is_refused_by_its_number_and_field(
-    exact: Checkpoint, change: Callable[[PlanRequest], dict[str, object]], message: str
+    exact: Checkpoint, change: Callable[[PlanRequest], dict[str, Any]], message: str
 ) -> None:
     good = request_after(exact, request_id=1)
-    bad = dataclasses.replace(good, request_id=42, **change(good))  # type: ignore[arg-type]
+    bad = dataclasses.replace(good, request_id=42, **change(good))
     with pytest.raises(ValueError, match=f"request 42: .*{message}"), np.errstate(invalid="ignore"):
         Deliberator.from_checkpoint(exact)([good, bad])

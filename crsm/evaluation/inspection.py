@@ -124,10 +124,12 @@ def _measured(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _fidelity(report: Mapping[str, Any]) -> dict[str, list[dict[str, float | None]]]:
     table = _find(report, "fidelity") or {}
-    return {
-        task: [{key: None if math.isnan(value) else value for key, value in row.items()} for row in rows]
-        for task, rows in table.items()
-    }
+    return {task: [{key: _number(value) for key, value in row.items()} for row in rows] for task, rows in table.items()}
+
+
+def _number(value: float | None) -> float | None:
+    """None for what could not be measured, however the report writes it."""
+    return None if value is None or math.isnan(value) else value
 
 
 def _find(report: Mapping[str, Any], *path: str) -> Any:
@@ -146,6 +148,6 @@ def _find(report: Mapping[str, Any], *path: str) -> Any:
 
 
 def _or_unmeasured(value: Any) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return "not measured"
     return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -30,6 +30,8 @@ from crsm.types import Channel, Injection, ModelState, Plan, PlanRequest
 
 ADVERSARIAL_NORM = 1e6
 """Norm of an adversarial write over that of the state."""
+TOKENS_AFTER = 32
+"""Tokens after a plan that are looked at."""
 WRITES = ("writer", "random", "adversarial")
 
 
@@ -135,6 +137,7 @@ def audit_writes(
     after_BT = torch.tensor([line.answer[position:] for line in lines])
     _, _, state = model.prefill(before_BT)
     length = min(settings.plan_length, after_BT.shape[1] - 1)
+    after_BT = after_BT[:, : 1 + length + TOKENS_AFTER]
     injections = _oracle_injections(model, after_BT[:, 1 : 1 + length], before_BT.shape[1], rate, settings)
     plain_BTV = _consume(model, state, after_BT[:, :-1], {}, before_BT.shape[1], settings.withdraw)
     steered_BTV = _consume(model, state, after_BT[:, :-1], injections, before_BT.shape[1], settings.withdraw)

@@ -64,7 +64,9 @@ class AverageWeights:
     def update(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
             if name in self.averages:
-                self.averages[name].lerp_(parameter.detach(), 1 - self.decay)
+                average, now = self.averages[name], parameter.detach()
+                # A weight of -inf (a layer that is fused out) stays what it is; between two of them lies NaN.
+                average.copy_(torch.where(average == now, now, average.lerp(now, 1 - self.decay)))
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

@@ -7,10 +7,11 @@ import pytest
 
 from crsm.config import dump_config
 from crsm.evaluation.comparison import CONTROLS
+from crsm.evaluation.lent_planners import LentPlanners
 from crsm.model import save_checkpoint
 from jobs import benchmark_reasoning, verify_steering
 from jobs.benchmark_reasoning import parse_lags
-from jobs.checkpoints import LentPlanners, load_with_settings, merge_settings
+from jobs.checkpoints import load_with_settings, merge_settings
 from jobs.command import invoke
 from jobs.verify_steering import parse_rates
 from tests.fixtures import FakePlanners, a_request, make_plan, tiny_checkpoint, tiny_config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,10 +148,9 @@ def test_hits_are_the_tokens_that_became_the_most_likely() -> None:
     assert (hits_M[losses_M < np.log(2)] == 1).all() and (hits_M[losses_M > np.log(31)] == 0).all()
 
 
-def stage_of(**settings: object) -> AssemblyStage:
-    config = AssemblyStageConfig(
-        **({"steps": 1, "batch": 8, "evaluate_problems": 8, "optimizer": OptimizerConfig()} | settings)  # type: ignore[arg-type]
-    )
+def stage_of(**settings: Any) -> AssemblyStage:
+    fields: dict[str, Any] = {"steps": 1, "batch": 8, "evaluate_problems": 8, "optimizer": OptimizerConfig()}
+    config = AssemblyStageConfig(**(fields | settings))
     return AssemblyStage(tiny_checkpoint().model, config, 0, [build_task(TASK)], tiny_tokenizer(), plan_length=3)
 
 

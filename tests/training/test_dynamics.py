@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,10 +86,9 @@ def test_each_row_of_a_step_compares_the_right_positions(make: Callable[[], Atte
         assert got.last_M.tolist() == [last for *_, last in rows]
 
 
-def stage_of(**settings: object) -> DynamicsStage:
-    config = DynamicsStageConfig(
-        **({"steps": 1, "batch": 2, "attempts": 2, "unroll": 3, "optimizer": OptimizerConfig()} | settings)  # type: ignore[arg-type]
-    )
+def stage_of(**settings: Any) -> DynamicsStage:
+    fields: dict[str, Any] = {"steps": 1, "batch": 2, "attempts": 2, "unroll": 3, "optimizer": OptimizerConfig()}
+    config = DynamicsStageConfig(**(fields | settings))
     return DynamicsStage(tiny_checkpoint().model, config, 0, [build_task(TASK)], tiny_tokenizer())
 
 
@@ -162,11 +162,11 @@ def test_fidelity_of_the_exact_world_model_is_perfect_and_orders_branches_as_the
     with torch.no_grad():
         for problem in range(2):
             values = {}
-            for row in (2 * problem, 2 * problem + 1):
-                length = int(texts.length_B[row])
-                text = torch.cat([texts.prompt_BT[problem], texts.answer_BT[row, : length - 1]])[None]
+            for attempt in (2 * problem, 2 * problem + 1):
+                length = int(texts.length_B[attempt])
+                text = torch.cat([texts.prompt_BT[problem], texts.answer_BT[attempt, : length - 1]])[None]
                 hidden = model.backbone(text)[0][:, -1]
-                values[bool(texts.outcome_B[row])] = float(model.critic.consensus(model.critic(hidden)))
+                values[bool(texts.outcome_B[attempt])] = float(model.critic.consensus(model.critic(hidden)))
             good.append(values[True] > values[False])
     # Every answer has at least three tokens: two steps reach each one's last from a root that exists.
     assert rows[1]["branch_accuracy"] == pytest.approx(np.mean(good))

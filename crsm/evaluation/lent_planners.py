@@ -1,0 +1,39 @@
+"""Planners that outlive the engine they plan for: starting actors takes longer than a short evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from crsm.planners import Arrivals, Planners
+from crsm.types import PlanRequest
+
+
+class LentPlanners:
+    """The same planners for one engine after the other.
+
+    An engine numbers its requests from 0 and may leave some behind: ``close`` waits until all have come back, so that
+    no plan reaches the next engine, and leaves the planners alive.
+    """
+
+    def __init__(self, inner: Planners) -> None:
+        self._inner = inner
+        self._out: set[int] = set()
+
+    def submit(self, requests: Sequence[PlanRequest]) -> None:
+        self._out.update(request.request_id for request in requests)
+        self._inner.submit(requests)
+
+    def poll(self) -> Arrivals:
+        return self._seen(self._inner.poll())
+
+    def wait(self, request_ids: Collection[int]) -> Arrivals:
+        return self._seen(self._inner.wait(request_ids))
+
+    def close(self) -> None:
+        while self._out:
+            self._seen(self._inner.wait(tuple(self._out)))
+
+    def _seen(self, arrivals: Arrivals) -> Arrivals:
+        self._out.difference_update(plan.request_id for plan in arrivals.plans)
+        self._out.difference_update(request.request_id for request in arrivals.lost)
+        return arrivals
