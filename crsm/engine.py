@@ -39,6 +39,9 @@ from crsm.types import Channel, Injection, ModelState, Plan, PlanRequest, Reason
 
 _NOTHING = np.empty(0, dtype=np.float32)
 
+_REQUEST_IDS = itertools.count()
+"""Over all engines of the process: a plan left over from one can never be taken for an answer to another."""
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
@@ -127,7 +130,6 @@ class Engine:
         self._waiting: list[_Generation] = []
         self._active: list[_Generation] = []
         self._running: _Running | None = None
-        self._request_ids = itertools.count()
         self._open: dict[int, PlanRequest] = {}
         """Requests that are not settled, by id; without their snapshots, which stalled planners would pile up here."""
         self._early: list[Plan] = []
@@ -194,10 +196,12 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Token]:
         """Says one token of every generation; new ones say their first."""
-        self._keep_pace()
         said = self._leave_cancelled()
         if self._active:
             self._ask()
+        # Asked before the pause: the planners work while the reader reads.
+        self._keep_pace()
+        if self._active:
             self._receive()
             injections = self._due()
             said += self._consume(injections)
@@ -358,10 +362,11 @@ class Engine:
             settings = generation.request.deliberation
             deadline = None
             if self.config.clock == "wall" and self.config.pace is not None:
-                deadline = now + max(1, settings.lag) / self.config.pace
+                # The known token is consumed one pace from now, the target `lag` paces later.
+                deadline = now + (1 + settings.lag) / self.config.pace
             requests.append(
                 PlanRequest(
-                    request_id=next(self._request_ids),
+                    request_id=next(_REQUEST_IDS),
                     generation_id=generation.id,
                     position=generation.position,
                     target=generation.position + settings.lag,

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,13 +202,17 @@ def resolve_checkpoint(name: str | Path) -> Path:
     )
 
 
-def load_checkpoint(name: str | Path, kernels: Kernels | None = None, config: Config | None = None) -> Checkpoint:
+def load_checkpoint(
+    name: str | Path, kernels: Kernels | None = None, config: Config | None = None, renewable: Collection[str] = ()
+) -> Checkpoint:
     """Loads a checkpoint, in evaluation mode, on the CPU.
 
     Args:
         name: folder, or the name of a shipped checkpoint.
         kernels: None: the best of the machine.
         config: settings the caller expects; their ``model`` must be the checkpoint's.
+        renewable: parts (``world_model``, ``writer``) that may be of other settings in ``config``: such a part is made
+            anew, from torch's global generator, for whoever is about to train it.
 
     Raises:
         ValueError: missing, truncated or altered files, another format, other sizes, tensors that are missing, left
@@ -218,11 +223,13 @@ def load_checkpoint(name: str | Path, kernels: Kernels | None = None, config: Co
     for file in FILES:
         _check_file(path / file, description["files"][file])
     saved = parse_config(description["config"], source=f"{path / 'config.json'}")
+    renewed: tuple[str, ...] = ()
     if config is not None:
+        saved, renewed = _renew(saved, config, renewable)
         _check_same_model(saved, config, path)
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     model = build_model(saved, tokenizer, kernels)
-    load_weights(model, path / "model.safetensors")
+    load_weights(model, path / "model.safetensors", renewed)
     return Checkpoint(
         model.eval(),
         tokenizer,
@@ -233,8 +240,15 @@ def load_checkpoint(name: str | Path, kernels: Kernels | None = None, config: Co
     )
 
 
-def load_weights(model: CRSM, path: Path) -> None:
-    """Fills every tensor of ``model`` from a safetensors file.
+def _renew(saved: Config, config: Config, renewable: Collection[str]) -> tuple[Config, tuple[str, ...]]:
+    """The checkpoint's settings with those of the parts that are to be made anew, and the names of these."""
+    parts = {name: getattr(config.model, name) for name in renewable}
+    renewed = {name: part for name, part in parts.items() if part != getattr(saved.model, name)}
+    return saved.model_copy(update={"model": saved.model.model_copy(update=renewed)}), tuple(renewed)
+
+
+def load_weights(model: CRSM, path: Path, renewed: Collection[str] = ()) -> None:
+    """Fills every tensor of ``model`` from a safetensors file, but for those of the parts in ``renewed``.
 
     Raises:
         ValueError: naming the first tensor that is missing, left over, or of another shape.
@@ -243,7 +257,8 @@ def load_weights(model: CRSM, path: Path) -> None:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
-    own = model.state_dict()
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.split(".")[0] not in renewed}
+    tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in renewed}
     if model.config.model.backbone.tie_embeddings:
         del own["lm_head.weight"]
     for name, tensor in own.items():

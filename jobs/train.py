@@ -549,7 +549,11 @@ def build_stage(work: _Work, config: Config) -> _Built:
         torch.manual_seed(config.seed)
         model = build_model(config, tokenizer)
     else:
-        previous = load_checkpoint(work.input_checkpoint, config=config)
+        # What a stage trains from the beginning may have other settings than the checkpoint's: another writer needs
+        # no other backbone.
+        renewable = {"stage_2": ("world_model",), "stage_4": ("writer",)}.get(work.stage, ())
+        torch.manual_seed(config.seed)
+        previous = load_checkpoint(work.input_checkpoint, config=config, renewable=renewable)
         model, tokenizer = previous.model, previous.tokenizer
         # The run's settings, with the sizes that were filled in when the model was made.
         model.config = config.model_copy(update={"model": model.config.model})
