@@ -18,6 +18,7 @@ from jobs.train import describe_outcome, run_folder, train_stage
 if TYPE_CHECKING:
     from actors.rollouts import Record, RolloutJob
     from crsm.config import Config
+    from crsm.tasks import Split
 
 FOLDER = "stage_1.bootstrap"
 
@@ -57,15 +58,19 @@ def bootstrap(settings: Config, source: str | Path | None, storage: Path, name: 
 
 
 def plan_attempts(settings: Config) -> list[RolloutJob]:
-    """One attempt of System 1 at each of the first ``bootstrap_problems`` training problems of every open-text task."""
+    """One attempt of System 1 at each of the first ``bootstrap_problems`` training problems of every open-text task, and
+    at as many held-out problems as an evaluation looks at: value heads are measured on attempts too."""
     from actors.rollouts import RolloutJob
     from jobs.stage_3_value_head import CHUNK
 
-    count = settings.stage_1.bootstrap_problems
+    splits: dict[Split, int] = {
+        "train": settings.stage_1.bootstrap_problems,
+        "valid": max(settings.stage_1.evaluate_problems, settings.stage_3.evaluate_problems),
+    }
     return [
         RolloutJob(
             task=task.name,
-            split="train",
+            split=split,
             problem_seed=settings.seed,
             first=first,
             count=min(CHUNK, count - first),
@@ -75,6 +80,7 @@ def plan_attempts(settings: Config) -> list[RolloutJob]:
         )
         for task in settings.tasks
         if task.name == "gsm8k"
+        for split, count in splits.items()
         for first in range(0, count, CHUNK)
     ]
 
