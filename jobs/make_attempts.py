@@ -58,8 +58,8 @@ def bootstrap(settings: Config, source: str | Path | None, storage: Path, name: 
 
 
 def plan_attempts(settings: Config) -> list[RolloutJob]:
-    """One attempt of System 1 at each of the first ``bootstrap_problems`` training problems of every open-text task, and
-    at as many held-out problems as an evaluation looks at: value heads are measured on attempts too."""
+    """One attempt of System 1 at each of the first ``bootstrap_problems`` training problems of every open-text task,
+    and at as many held-out problems as an evaluation looks at: value heads are measured on attempts too."""
     from actors.rollouts import RolloutJob
     from jobs.stage_3_value_head import CHUNK
 

@@ -836,7 +836,8 @@ def test_every_request_of_a_log_is_followed_by_what_became_of_it(tmp_path: Path)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     asked = [event["request"] for event in events if event["event"] == "request"]
     settled = [event["request"] for event in events if event["event"] in ("inject", "reject")]
-    assert sorted(settled) == sorted(asked) == list(range(engine.metrics.requests))
+    assert sorted(settled) == sorted(asked) == sorted(set(asked))
+    assert len(asked) == engine.metrics.requests
     reasons = [event["reason"] for event in events if event["event"] == "reject"]
     assert len(reasons) == engine.metrics.requests - engine.metrics.injections
 

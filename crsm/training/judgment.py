@@ -8,14 +8,14 @@ open the gates, since a search with a poor judge does harm.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from crsm.config import JudgmentStageConfig
-from crsm.data.sequences import Batch, attempt_groups, make_batch
+from crsm.data.sequences import AttemptGroup, Batch, attempt_groups, make_batch
 from crsm.data.tokenizer import Tokenizer
 from crsm.evaluation.rollouts import Rollout
 from crsm.evaluation.statistics import expected_calibration_error, pairwise_branch_accuracy, roc_auc
@@ -24,7 +24,7 @@ from crsm.tasks.base import Task, keyed_rng
 from crsm.training.backbone import value_loss
 from crsm.training.dynamics import unroll
 from crsm.training.stage import Metrics, Stage, scalar, tensor_for
-from crsm.training.traces import Texts, Trace, trace_backbone
+from crsm.training.traces import Texts, trace_backbone
 
 
 class JudgmentStage(Stage):
@@ -100,25 +100,57 @@ def judge(
         tasks, tokenizer, attempts=4, seed=seed, step=1, batch=settings.evaluate_problems, split="valid"
     )
     for group in groups:
-        texts = Texts.from_group(group, device=model.lm_head.weight.device)
-        roots = tuple(sorted({max(0, int(length) - 1 - HORIZON) for length in texts.length_B}))
-        trace = trace_backbone(model.backbone, texts, roots, model.world_model.read_layers)
-        values_BL = model.critic(
-            trace.hidden_SBLD[texts.length_B - 1, torch.arange(len(texts.length_B), device=texts.length_B.device)]
-        )
-        consensus_B = model.critic.consensus(values_BL).cpu().numpy()
-        mixed_B = (model.critic.consensus_weights_L * values_BL).sum(dim=1).cpu().numpy()
+        # Block by block: rows of open text end at different tokens, and every root keeps the states of all its rows.
+        problems = len(group.problems)
+        size = problems if group.equal_prompts else BLOCK
+        blocks = [_judge_block(model, group.rows(slice(start, start + size))) for start in range(0, problems, size)]
+        outcome = np.concatenate([block.outcome for block in blocks])
+        consensus = np.concatenate([block.consensus for block in blocks])
+        problem = np.concatenate([block.problem + index * size for index, block in enumerate(blocks)])
+        imagined_problem = np.concatenate([block.imagined_problem + index * size for index, block in enumerate(blocks)])
         table[tasks[group.task_index].name] = {
-            "auc": roc_auc(consensus_B, texts.outcome_B),
-            "ece": expected_calibration_error(mixed_B, texts.outcome_B),
-            "branch_accuracy": pairwise_branch_accuracy(consensus_B, texts.outcome_B, texts.problem_B),
-            "imagined_branch_accuracy": _imagined_branch_accuracy(model, trace, texts),
+            "auc": roc_auc(consensus, outcome),
+            "ece": expected_calibration_error(np.concatenate([block.mixed for block in blocks]), outcome),
+            "branch_accuracy": pairwise_branch_accuracy(consensus, outcome, problem),
+            "imagined_branch_accuracy": pairwise_branch_accuracy(
+                np.concatenate([block.imagined for block in blocks]),
+                np.concatenate([block.imagined_outcome for block in blocks]),
+                imagined_problem,
+            ),
         }
     return table
 
 
-def _imagined_branch_accuracy(model: CRSM, trace: Trace, texts: Texts) -> float:
+BLOCK = 4
+"""Problems of open text that are judged together."""
+
+
+class _Judged(NamedTuple):
+    outcome: np.ndarray
+    problem: np.ndarray
+    consensus: np.ndarray
+    mixed: np.ndarray
+    """The consensus without its penalty: a probability."""
+    imagined: np.ndarray
+    """Consensus as the world model imagines it; with its outcomes and problems."""
+    imagined_outcome: np.ndarray
+    imagined_problem: np.ndarray
+
+
+def _judge_block(model: CRSM, group: AttemptGroup) -> _Judged:
+    texts = Texts.from_group(group, device=model.lm_head.weight.device)
+    roots = tuple(sorted({max(0, int(length) - 1 - HORIZON) for length in texts.length_B}))
+    trace = trace_backbone(model.backbone, texts, roots, model.world_model.read_layers)
+    rows = torch.arange(len(texts.length_B), device=texts.length_B.device)
+    values_BL = model.critic(trace.hidden_SBLD[texts.length_B - 1, rows])
     steps = list(unroll(model, model.world_model, trace, texts, HORIZON))
     index = np.concatenate([step.index_M[step.last_M].cpu().numpy() for step in steps])
-    value = np.concatenate([step.consensus_M[step.last_M].cpu().numpy() for step in steps])
-    return pairwise_branch_accuracy(value, texts.outcome_B[index], texts.problem_B[index])
+    return _Judged(
+        texts.outcome_B,
+        texts.problem_B,
+        model.critic.consensus(values_BL).cpu().numpy(),
+        (model.critic.consensus_weights_L * values_BL).sum(dim=1).cpu().numpy(),
+        np.concatenate([step.consensus_M[step.last_M].cpu().numpy() for step in steps]),
+        texts.outcome_B[index],
+        texts.problem_B[index],
+    )
