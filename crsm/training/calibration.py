@@ -24,7 +24,7 @@ from crsm.reasoning import Deliberator
 from crsm.tasks.base import Task, problems
 from crsm.types import Plan, PlanRequest
 
-KEPT_BENEFIT = 0.98
+KEPT_BENEFIT = 0.999
 """The threshold is the highest that keeps this share of the best possible benefit: what cannot help is not written."""
 
 
