@@ -45,7 +45,8 @@ def pool_of(checkpoint: Checkpoint, count: int = 1, **settings: Any) -> Iterator
         pids += pool.stats().pids
     finally:
         pool.close()
-    assert not any(map(is_running, pids))
+    # A killed process is there until the raylet has taken note of it.
+    until(lambda: not any(map(is_running, pids)), 15)
 
 
 def collect(pool: PlannerPool, count: int) -> Arrivals:
