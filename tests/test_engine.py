@@ -443,6 +443,15 @@ def test_the_virtual_clock_waits_for_a_plan_when_its_target_has_come_and_not_bef
     assert planners.waits == [(request.request_id,) for request in planners.requests]
 
 
+def test_two_engines_never_give_a_request_the_same_id() -> None:
+    checkpoint = tiny_checkpoint()
+    both = [FakePlanners(lambda request: None), FakePlanners(lambda request: None)]
+    for planners in both:
+        run(Engine(checkpoint, planners), [ask(tokens=6)])
+    first, second = ({request.request_id for request in planners.requests} for planners in both)
+    assert first and second and not first & second
+
+
 class StalledPlanners:
     """Takes everything, answers nothing, and may not be waited for."""
 

@@ -298,3 +298,23 @@ def test_a_prompt_in_two_pieces_leaves_the_same_state() -> None:
     resumed_logits, resumed_hidden, _ = model.prefill(torch.tensor([PROMPT[4:]]), state)
     np.testing.assert_allclose(resumed_logits, logits, atol=1e-5)
     np.testing.assert_allclose(resumed_hidden, hidden, atol=1e-5)
+
+
+def test_a_part_that_is_about_to_be_trained_may_be_made_anew_with_other_settings(saved: Path) -> None:
+    before = load_checkpoint(saved)
+    writer = before.config.model.writer
+    wider = writer.model_copy(update={"rank": writer.rank + 1})
+    asked = before.config.model_copy(update={"model": before.config.model.model_copy(update={"writer": wider})})
+    with pytest.raises(ValueError, match=r"writer\.rank"):
+        load_checkpoint(saved, config=asked)
+    with pytest.raises(ValueError, match=r"writer\.rank"):
+        load_checkpoint(saved, config=asked, renewable=("world_model",))
+    after = load_checkpoint(saved, config=asked, renewable=("writer",))
+    assert after.model.writer.u.out_features == before.model.writer.u.out_features // writer.rank * wider.rank
+    kept = {name: tensor for name, tensor in before.model.state_dict().items() if not name.startswith("writer.")}
+    assert all(torch.equal(after.model.state_dict()[name], tensor) for name, tensor in kept.items())
+
+
+def test_a_renewable_part_with_the_same_settings_keeps_its_weights(saved: Path) -> None:
+    before, after = load_checkpoint(saved), load_checkpoint(saved, config=tiny_config(), renewable=("writer",))
+    assert torch.equal(before.model.writer.u.weight, after.model.writer.u.weight)

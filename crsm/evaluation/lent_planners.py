@@ -11,8 +11,8 @@ from crsm.types import PlanRequest
 class LentPlanners:
     """The same planners for one engine after the other.
 
-    An engine numbers its requests from 0 and may leave some behind: ``close`` waits until all have come back, so that
-    no plan reaches the next engine, and leaves the planners alive.
+    An engine may leave requests behind: ``close`` waits until all have come back, so that the next engine does not find
+    the planners at work on them, and leaves the planners alive.
     """
 
     def __init__(self, inner: Planners) -> None:

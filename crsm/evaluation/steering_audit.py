@@ -9,7 +9,7 @@ Letters: B rows, T tokens consumed after the write, V vocabulary, L layers, H he
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,14 +19,15 @@ from torch import Tensor
 from crsm.config import DeliberationConfig, EngineConfig
 from crsm.data.sequences import encode_answer, encode_prompt
 from crsm.engine import as_injection
+from crsm.evaluation.recording_planners import RecordingPlanners
 from crsm.evaluation.solving import solve
 from crsm.injection import head_norms, inject, outer_write
 from crsm.model import CRSM, Checkpoint
-from crsm.planners import Arrivals, InlinePlanners, Planners
+from crsm.planners import InlinePlanners
 from crsm.reasoning import Deliberator
 from crsm.steering import advance, no_steering, steer
 from crsm.tasks.base import Problem, Task, keyed_rng
-from crsm.types import Channel, Injection, ModelState, Plan, PlanRequest
+from crsm.types import Channel, Injection, ModelState, Plan
 
 ADVERSARIAL_NORM = 1e6
 """Norm of an adversarial write over that of the state."""
@@ -227,30 +228,6 @@ def _mean(values: Tensor) -> float:
 # --------------------------------------------------------------------------------------------------- gates in use
 
 
-class _Recorder:
-    """Planners whose plans are kept."""
-
-    def __init__(self, inner: Planners) -> None:
-        self._inner = inner
-        self.plans: list[Plan] = []
-
-    def submit(self, requests: Sequence[PlanRequest]) -> None:
-        self._inner.submit(requests)
-
-    def poll(self) -> Arrivals:
-        return self._kept(self._inner.poll())
-
-    def wait(self, request_ids: Collection[int]) -> Arrivals:
-        return self._kept(self._inner.wait(request_ids))
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def _kept(self, arrivals: Arrivals) -> Arrivals:
-        self.plans += arrivals.plans
-        return arrivals
-
-
 def gate_sparsity(checkpoint: Checkpoint, task: Task, problems: Sequence[Problem]) -> dict[str, Any]:
     """How often and how far the gates of System 2's own plans open, per layer.
 
@@ -259,7 +236,7 @@ def gate_sparsity(checkpoint: Checkpoint, task: Task, problems: Sequence[Problem
         (mean of the open ones, None without any), ``applied`` (writes that reached the layer).
     """
     config = checkpoint.config
-    recorder = _Recorder(InlinePlanners(Deliberator.from_checkpoint(checkpoint), config.planners.max_batch))
+    recorder = RecordingPlanners(InlinePlanners(Deliberator.from_checkpoint(checkpoint), config.planners.max_batch))
     run = solve(
         checkpoint,
         task,

@@ -7,7 +7,7 @@ right; the threshold keeps the plans that help, so that the expected accuracy do
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,13 +16,14 @@ from torch import Tensor
 
 from crsm.config import DeliberationConfig, EngineConfig, SamplingConfig
 from crsm.engine import Engine, GenerationRequest
+from crsm.evaluation.recording_planners import RecordingPlanners
 from crsm.evaluation.solving import Run, solve
 from crsm.evaluation.statistics import expected_calibration_error, roc_auc
 from crsm.model import Checkpoint
-from crsm.planners import Arrivals, InlinePlanners, Planners
+from crsm.planners import InlinePlanners
 from crsm.reasoning import Deliberator
 from crsm.tasks.base import Task, problems
-from crsm.types import Plan, PlanRequest
+from crsm.types import Plan
 
 KEPT_BENEFIT = 0.999
 """The threshold is the highest that keeps this share of the best possible benefit: what cannot help is not written."""
@@ -38,30 +39,6 @@ class Judged(NamedTuple):
     plan_right_M: np.ndarray
     alone_right_M: np.ndarray
     """Whether System 1's own answer, of which the plan knew the beginning, was right."""
-
-
-class _Recorder:
-    """Planners whose plans are kept."""
-
-    def __init__(self, inner: Planners) -> None:
-        self._inner = inner
-        self.plans: list[Plan] = []
-
-    def submit(self, requests: Sequence[PlanRequest]) -> None:
-        self._inner.submit(requests)
-
-    def poll(self) -> Arrivals:
-        return self._kept(self._inner.poll())
-
-    def wait(self, request_ids: Collection[int]) -> Arrivals:
-        return self._kept(self._inner.wait(request_ids))
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def _kept(self, arrivals: Arrivals) -> Arrivals:
-        self.plans += arrivals.plans
-        return arrivals
 
 
 def calibrate_gates(
@@ -118,7 +95,7 @@ def judge_plans(checkpoint: Checkpoint, task: Task, count: int, seed: int, lag: 
     """Plans for every position of System 1's greedy answers, and where following each of them leads."""
     deliberation = checkpoint.config.deliberation.model_copy(update={"lag": lag, "hypotheses": 1, "max_plans": None})
     deliberator = Deliberator.from_checkpoint(checkpoint, forced_confidence=0.0)
-    recorder = _Recorder(InlinePlanners(deliberator, checkpoint.config.planners.max_batch))
+    recorder = RecordingPlanners(InlinePlanners(deliberator, checkpoint.config.planners.max_batch))
     run = solve(
         checkpoint,
         task,
