@@ -1,0 +1,10 @@
+// What module.cpp binds, one function per concept.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace crsm {
+
+void bind_linear(nanobind::module_& m);
+
+}  // namespace crsm

@@ -1,0 +1,23 @@
+// The extension module `_crsm_native`: one bind_* function per concept.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include "arrays.hpp"
+#include "bindings.hpp"
+#include "isa.hpp"
+#include "threads.hpp"
+
+namespace nb = nanobind;
+
+NB_MODULE(_crsm_native, m) {
+    m.doc() = "Native core of CRSM: search, Mamba-2 kernels and decoding on CPU. Use it through crsm.native.";
+    m.attr("__version__") = CRSM_VERSION;
+    // The number in crsm/native/__init__.py.
+    m.attr("INTERFACE") = 1;
+    m.def("isa", [] { return std::string(crsm::isa_name(crsm::active_isa())); },
+          "The instruction set in use: portable, avx2 or avx512.");
+    m.def("num_threads", &crsm::num_threads, "Threads that a call may use.");
+    m.def("set_num_threads", &crsm::set_num_threads, nb::arg("count"),
+          "Bounds the threads of every call. Raises ValueError unless count ≥ 1.");
+    crsm::bind_linear(m);
+}

@@ -1,0 +1,147 @@
+#include "threads.hpp"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace crsm {
+namespace {
+
+// A worker looks for new work this often before it goes to sleep: about 20 µs, the distance of two calls in a decode step.
+constexpr int kSpins = 2000;
+
+inline void pause_cpu() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+int default_threads() {
+    if (const char* text = std::getenv("OMP_NUM_THREADS")) {
+        const int count = std::atoi(text);
+        if (count > 0) return count;
+    }
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    const unsigned count = std::thread::hardware_concurrency();
+    return count > 0 ? static_cast<int>(count) : 1;
+}
+
+std::atomic<int> thread_setting{0};
+
+class Pool {
+public:
+    ~Pool() {
+        stopping_.store(true);
+        generation_.fetch_add(1);
+        generation_.notify_all();
+        for (std::thread& worker : workers_) worker.join();
+    }
+
+    void run(int64_t tasks, int threads, void (*task)(void*, int64_t), void* context) {
+        const int helpers = static_cast<int>(threads - 1 < tasks - 1 ? threads - 1 : tasks - 1);
+        std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
+        if (helpers < 1 || !lock.owns_lock()) {
+            for (int64_t index = 0; index < tasks; ++index) task(context, index);
+            return;
+        }
+        while (static_cast<int>(workers_.size()) < helpers) {
+            workers_.emplace_back([this, id = static_cast<int>(workers_.size())] { work(id); });
+        }
+        task_ = task;
+        context_ = context;
+        tasks_ = tasks;
+        helpers_ = helpers;
+        next_.store(0, std::memory_order_relaxed);
+        pending_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+        generation_.fetch_add(1, std::memory_order_release);
+        generation_.notify_all();
+        drain();
+        for (int spins = 0; pending_.load(std::memory_order_acquire) > 0; ++spins) {
+            if (spins < kSpins) {
+                pause_cpu();
+            } else {
+                const int left = pending_.load(std::memory_order_acquire);
+                if (left > 0) pending_.wait(left, std::memory_order_acquire);
+            }
+        }
+    }
+
+private:
+    void drain() {
+        for (int64_t index; (index = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) task_(context_, index);
+    }
+
+    void work(int id) {
+        uint32_t seen = 0;
+        for (;;) {
+            uint32_t now = generation_.load(std::memory_order_acquire);
+            for (int spins = 0; now == seen; ++spins) {
+                if (spins < kSpins) {
+                    pause_cpu();
+                } else {
+                    generation_.wait(seen, std::memory_order_acquire);
+                }
+                now = generation_.load(std::memory_order_acquire);
+            }
+            if (stopping_.load()) return;
+            seen = now;
+            if (id < helpers_) drain();
+            if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
+        }
+    }
+
+    std::mutex busy_;
+    std::vector<std::thread> workers_;
+    std::atomic<uint32_t> generation_{0};
+    std::atomic<int64_t> next_{0};
+    std::atomic<int> pending_{0};
+    std::atomic<bool> stopping_{false};
+    void (*task_)(void*, int64_t) = nullptr;
+    void* context_ = nullptr;
+    int64_t tasks_ = 0;
+    int helpers_ = 0;
+};
+
+// Never destroyed: a thread of the embedding program may still be in a call when the process exits.
+Pool*& pool() {
+    static Pool* instance = [] {
+        // A forked child has none of the parent's threads; it starts with a pool of its own.
+        pthread_atfork(nullptr, nullptr, [] { pool() = new Pool; });
+        return new Pool;
+    }();
+    return instance;
+}
+
+}  // namespace
+
+int num_threads() {
+    const int set = thread_setting.load(std::memory_order_relaxed);
+    if (set > 0) return set;
+    static const int start = default_threads();
+    return start;
+}
+
+void set_num_threads(int count) {
+    if (count < 1) throw std::invalid_argument("threads = " + std::to_string(count) + "; allowed: at least 1");
+    thread_setting.store(count, std::memory_order_relaxed);
+}
+
+void parallel_for(int64_t tasks, int threads, void (*task)(void*, int64_t), void* context) {
+    if (tasks < 1) return;
+    pool()->run(tasks, threads > 0 ? threads : num_threads(), task, context);
+}
+
+}  // namespace crsm

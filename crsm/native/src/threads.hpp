@@ -1,0 +1,28 @@
+// The module's threads: one pool, used by one caller at a time; whoever finds it busy does its work alone, so that no
+// call ever waits for another one.
+#pragma once
+
+#include <cstdint>
+
+namespace crsm {
+
+// Threads that a call may use, its own included. At first: OMP_NUM_THREADS if that is a positive number, else the
+// processors that this process may run on.
+int num_threads();
+
+// Raises std::invalid_argument unless count ≥ 1.
+void set_num_threads(int count);
+
+// Runs task(context, index) for index 0 … tasks-1 on at most `threads` threads (0: num_threads()) and returns when all
+// are done. Tasks are handed out in order and must not throw. Which thread runs a task must not change its result.
+void parallel_for(int64_t tasks, int threads, void (*task)(void*, int64_t), void* context);
+
+// The same for a callable.
+template <typename F>
+void parallel_for(int64_t tasks, int threads, F&& body) {
+    parallel_for(
+        tasks, threads, [](void* context, int64_t index) { (*static_cast<F*>(context))(index); },
+        const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+}  // namespace crsm
