@@ -23,12 +23,22 @@ setup: $(STAMP) ## make .venv and install the project into it, with what the tes
 
 # torch goes first and by its exact version: a build of it that pip can see on disk (the CPU one, say) is then used,
 # and the packages that ask for "torch" are content with it.
-$(STAMP): pyproject.toml constraints.txt
+# Without a C++ compiler the install stops and names the package that is missing; here it goes on without the native
+# core, which is slower and does the same.
+NATIVE_SOURCES := crsm/native/CMakeLists.txt $(wildcard crsm/native/src/*.* crsm/native/src/*/*.*)
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE_SOURCES)
 	@echo "setting up $(VENV) (some minutes the first time)"
 	@test -n "$(PYTHON)" || { echo "error: no python3.11 or python3 on PATH" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install $$(grep '^torch==' constraints.txt)
-	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@if command -v $${CXX:-c++} g++ clang++ >/dev/null 2>&1; then \
+		$(PIP) install -c constraints.txt -e '.[dev]'; \
+	else \
+		echo "note: no C++ compiler, so no native core: everything runs, more slowly." ; \
+		echo "      Install one (Debian, Ubuntu: apt-get install g++) and run 'rm $(STAMP); make setup'." ; \
+		$(PIP) install -c constraints.txt -C wheel.cmake=false -e '.[dev]'; \
+	fi
 	@touch $@
 
 demo: setup ## System 1 and System 2 side by side on fresh problems: a table and a picture
