@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.command import write_atomically
+from jobs.runs import describe_outcome, run_folder
 from jobs.stage_3_value_head import roll_out_jobs
-from jobs.train import describe_outcome, run_folder, train_stage
+from jobs.train import train_stage
 
 if TYPE_CHECKING:
     from actors.rollouts import Record, RolloutJob

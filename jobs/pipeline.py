@@ -11,21 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.command import ConfigOption, JsonOption, SeedOption, SetOption, load_settings, run, write_result
-from jobs.train import (
+from jobs.runs import (
     STAGES,
     CheckpointOption,
     NameOption,
     Outcome,
     StorageOption,
-    cluster,
     describe_outcome,
     locate,
-    one_line_failure,
     previous_checkpoint,
     put_aside,
     run_folder,
-    train_stage,
 )
+from jobs.train import cluster, one_line_failure, train_stage
 
 if TYPE_CHECKING:
     from crsm.config import Config

@@ -18,24 +18,21 @@ from jobs.command import (
     write_atomically,
     write_result,
 )
-from jobs.train import (
+from jobs.runs import (
     CheckpointOption,
     FreshOption,
     NameOption,
     Outcome,
     StorageOption,
-    cluster,
     describe_outcome,
     locate,
-    one_line_failure,
     plain_settings,
     previous_checkpoint,
     put_aside,
-    require_resources,
     run_folder,
-    train_stage,
     weights_hash,
 )
+from jobs.train import cluster, one_line_failure, require_resources, train_stage
 
 if TYPE_CHECKING:
     from actors.rollouts import Record, RolloutJob

@@ -5,19 +5,18 @@ from __future__ import annotations
 import sys
 
 from jobs.command import ConfigOption, JsonOption, SeedOption, SetOption, load_settings, run, write_result
-from jobs.train import (
+from jobs.runs import (
     CheckpointOption,
     FreshOption,
     NameOption,
     StorageOption,
     describe_outcome,
     locate,
-    one_line_failure,
     previous_checkpoint,
     put_aside,
     run_folder,
-    train_stage,
 )
+from jobs.train import one_line_failure, train_stage
 
 
 def main(

@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from crsm.config import Config, load_config
-from jobs import command, pipeline, stage_3_value_head, train
+from jobs import command, pipeline, runs, stage_3_value_head, train, train_worker
 from jobs.report import draw_report, series, summary_lines
 from jobs.stage_3_value_head import accuracies, plan_jobs
 
@@ -17,18 +17,18 @@ from jobs.stage_3_value_head import accuracies, plan_jobs
 @pytest.mark.parametrize("name", ["", "a/b", "..", "/abs", "."])
 def test_a_run_has_a_folders_name(tmp_path, name):
     with pytest.raises(ValueError, match=f"name = '{name}'; allowed"):
-        train.run_folder(tmp_path, name)
+        runs.run_folder(tmp_path, name)
 
 
 def test_runs_lie_in_a_folder():
     with pytest.raises(ValueError, match="s3://bucket"):
-        train.run_folder("s3://bucket", "nano")
+        runs.run_folder("s3://bucket", "nano")
 
 
 def test_options_win_over_settings(tmp_path):
     settings = load_config(None, ["name=a", f"train.storage_path={tmp_path}"])
-    assert train.locate(settings, None, None) == (tmp_path, "a")
-    assert train.locate(settings, tmp_path / "x", "b") == (tmp_path / "x", "b")
+    assert runs.locate(settings, None, None) == (tmp_path, "a")
+    assert runs.locate(settings, tmp_path / "x", "b") == (tmp_path / "x", "b")
 
 
 def finished(tmp_path, *stages):
@@ -40,10 +40,10 @@ def finished(tmp_path, *stages):
 
 def test_a_stage_starts_from_the_nearest_earlier_one(tmp_path):
     with pytest.raises(ValueError, match=r"no checkpoint of stage_2 or stage_1 .*--checkpoint DIR"):
-        train.previous_checkpoint("stage_3", tmp_path, "run")
+        runs.previous_checkpoint("stage_3", tmp_path, "run")
     finished(tmp_path, "stage_1", "stage_2")
-    assert train.previous_checkpoint("stage_2", tmp_path, "run").parent.name == "stage_1"
-    assert train.previous_checkpoint("stage_4", tmp_path, "run").parent.name == "stage_2"
+    assert runs.previous_checkpoint("stage_2", tmp_path, "run").parent.name == "stage_1"
+    assert runs.previous_checkpoint("stage_4", tmp_path, "run").parent.name == "stage_2"
 
 
 def test_fresh_puts_aside_and_loses_nothing(tmp_path):
@@ -52,8 +52,8 @@ def test_fresh_puts_aside_and_loses_nothing(tmp_path):
         (tmp_path / "run" / "tensorboard" / "stage_1").mkdir(parents=True)
         folder.mkdir(parents=True)
         (folder / "file").write_text(content)
-        train.put_aside(folder)
-    train.put_aside(folder)  # nothing there: nothing to do
+        runs.put_aside(folder)
+    runs.put_aside(folder)  # nothing there: nothing to do
     assert (tmp_path / "run" / "stage_1.old-1" / "file").read_text() == "first"
     assert (tmp_path / "run" / "stage_1.old-2" / "file").read_text() == "second"
     assert {path.name for path in (tmp_path / "run" / "tensorboard").iterdir()} == {"stage_1.old-1", "stage_1.old-2"}
@@ -154,7 +154,7 @@ class Previous:
     ],
 )
 def test_gates_open_only_for_a_measured_judge(report, may_open, why):
-    found, reason = train._gates_may_open(Previous(report), Config())
+    found, reason = train_worker.gates_may_open(Previous(report), Config())
     assert found is may_open and why in reason
 
 
@@ -231,5 +231,5 @@ def test_the_summary_tells_time_accuracy_and_gates():
 
 def test_numbers_that_json_lacks_become_null():
     assert (
-        json.dumps(train._finite({"a": [float("nan"), 1.5], "b": (float("inf"),)})) == '{"a": [null, 1.5], "b": [null]}'
+        json.dumps(train_worker.finite({"a": [float("nan"), 1.5], "b": (float("inf"),)})) == '{"a": [null, 1.5], "b": [null]}'
     )

@@ -1,0 +1,269 @@
+"""Trains a stage on the workers of Ray Train: what every worker runs, and what the first one tells and saves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.runs import PROGRESS_FILE, Work
+
+if TYPE_CHECKING:
+    from crsm.config import Config
+    from crsm.data.tokenizer import Tokenizer
+    from crsm.model import Checkpoint
+    from crsm.tasks import Task
+    from crsm.training.loop import LoopState, Point
+    from crsm.training.stage import Stage
+
+
+def train(told: dict[str, Any]) -> dict[str, str] | None:
+    """Runs on every worker. What is the user's to change comes back as data: a restart would only repeat it."""
+    import ray.train
+
+    world = ray.train.get_context().get_world_size()
+    try:
+        _train_and_save(Work(**told))
+    except FloatingPointError as error:  # raised on all workers or on none
+        return {"kind": "FloatingPointError", "message": str(error)}
+    except ValueError as error:
+        if world > 1:  # the other workers may be waiting for this one
+            raise
+        return {"kind": "ValueError", "message": str(error)}
+    return None
+
+
+def _train_and_save(work: Work) -> None:
+    import ray.train
+    import ray.train.torch
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    from crsm.config import core_count, parse_config
+    from crsm.training.loop import run_stage
+
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    config = parse_config(work.config, source="the run's settings")
+    torch.set_num_threads(config.train.threads or max(1, core_count() // context.get_local_world_size()))
+    built = build_stage(work, config)
+    stage = built.stage
+    device = ray.train.torch.get_device()
+    stage.to(device)
+    module: torch.nn.Module = stage
+    if world > 1:
+        # A worker's part of a batch may leave a part of the model unused (no judged row: no critic).
+        module = DistributedDataParallel(
+            stage, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=True
+        )
+    resume = _latest_state(work)
+    reporter = _Reporter(work, resume.step if resume else 0, active=rank == 0)
+    reporter.say("starts training" if resume is None else f"goes on from step {resume.step}")
+    result = run_stage(
+        stage,
+        rank=rank,
+        world=world,
+        module=module,
+        resume=resume,
+        fingerprint=work.fingerprint,
+        on_log=reporter.log,
+        on_evaluate=reporter.evaluation,
+        on_checkpoint=lambda state: _report(state, rank),
+    )
+    if rank == 0:
+        stage.cpu()
+        _save(work, built, result.report(), reporter.say)
+    reporter.close()
+
+
+def _report(state: LoopState, rank: int) -> None:
+    """Hands a state to Ray Train; a barrier, called by all workers at the same steps."""
+    import ray.train
+
+    from crsm.training.loop import STATE_FILE
+
+    metrics = {"step": state.step}
+    if rank != 0:
+        ray.train.report(metrics, checkpoint=None)
+        return
+    with tempfile.TemporaryDirectory(prefix="crsm-state-") as folder:
+        state.save(Path(folder) / STATE_FILE)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _latest_state(work: Work) -> LoopState | None:
+    import ray.train
+
+    from crsm.training.loop import STATE_FILE, LoopState
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        return LoopState.load(Path(folder) / STATE_FILE, work.stage, work.fingerprint)
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    stage: Stage
+    tasks: list[Task]
+    tokenizer: Tokenizer
+    previous: Checkpoint | None
+
+
+def build_stage(work: Work, config: Config) -> _Built:
+    """The stage with its model and data, the same on every worker."""
+    import torch
+
+    from crsm.data.tokenizer import build_tokenizer
+    from crsm.model import build_model, load_checkpoint
+    from crsm.tasks import build_tasks
+    from crsm.training.assembly import AssemblyStage
+    from crsm.training.backbone import BackboneStage
+    from crsm.training.dynamics import DynamicsStage
+    from crsm.training.judgment import JudgmentStage
+
+    tasks = build_tasks(config.tasks)
+    previous = None
+    if work.input_checkpoint is None:
+        tokenizer = build_tokenizer(config.tokenizer, tasks, config.seed)
+        torch.manual_seed(config.seed)
+        model = build_model(config, tokenizer)
+    else:
+        # What a stage trains from the beginning may have other settings than the checkpoint's: another writer needs
+        # no other backbone.
+        renewable = {"stage_2": ("world_model",), "stage_4": ("writer",)}.get(work.stage, ())
+        torch.manual_seed(config.seed)
+        previous = load_checkpoint(work.input_checkpoint, config=config, renewable=renewable)
+        model, tokenizer = previous.model, previous.tokenizer
+        # The run's settings, with the sizes that were filled in when the model was made.
+        model.config = config.model_copy(update={"model": model.config.model})
+    stage: Stage
+    match work.stage:
+        case "stage_1":
+            stage = BackboneStage(model, config.stage_1, config.seed, tasks, tokenizer)
+        case "stage_2":
+            stage = DynamicsStage(model, config.stage_2, config.seed, tasks, tokenizer)
+        case "stage_3":
+            assert work.rollouts is not None
+            rollouts = read_rollouts(Path(work.rollouts))
+            stage = JudgmentStage(model, config.stage_3, config.seed, tasks, tokenizer, rollouts)
+        case _:
+            length = config.deliberation.plan_length
+            stage = AssemblyStage(model, config.stage_4, config.seed, tasks, tokenizer, length)
+    return _Built(stage, tasks, tokenizer, previous)
+
+
+def read_rollouts(path: Path) -> list[Any]:
+    """The roll-outs that stage 3 wrote, one JSON object a line."""
+    from crsm.evaluation.rollouts import Rollout
+
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        Rollout(
+            record["task"], record["system"], tuple(record["prompt"]), tuple(record["answer"]), bool(record["correct"])
+        )
+        for record in records
+    ]
+
+
+def _save(work: Work, built: _Built, report: dict[str, Any], say: Callable[[str], None]) -> None:
+    from crsm.model import Checkpoint, save_checkpoint
+    from crsm.training.calibration import calibrate_gates
+
+    model, previous = built.stage.model.eval(), built.previous
+    horizon = report.get("trust_horizon", previous.trust_horizon if previous else None)
+    checkpoint = Checkpoint(model, built.tokenizer, horizon, (previous.model_version if previous else 0) + 1)
+    if work.stage == "stage_4":
+        settings = model.config.stage_4
+        may_open, why = gates_may_open(previous, model.config)
+        if may_open:
+            say("calibrates the gates")
+        started = time.perf_counter()
+        gates = calibrate_gates(
+            checkpoint, built.tasks, count=settings.calibration_problems, seed=model.config.seed, may_open=may_open
+        )
+        if not may_open:
+            gates["reason"] = why
+        report |= {"gates": gates, "calibration_seconds": time.perf_counter() - started}
+        say("gates open" if gates["open"] else f"GATES STAY SHUT: {gates['reason']}")
+    if work.rollouts is not None:
+        summary = Path(work.rollouts).with_suffix(".json")
+        report["rounds"] = json.loads(summary.read_text(encoding="utf-8"))["rounds"]
+    report["commit"] = work.commit
+    whole = (dict(previous.report) if previous else {}) | {work.stage: finite(report)}
+    say("saves the checkpoint")
+    save_checkpoint(dataclasses.replace(checkpoint, report=whole), work.output)
+
+
+def gates_may_open(previous: Checkpoint | None, config: Config) -> tuple[bool, str]:
+    judged = (previous.report if previous else {}).get("stage_3")
+    if judged is None:
+        return False, "stage 3 has not measured the pairwise branch accuracy of this model"
+    accuracy, bar = judged.get("branch_accuracy"), config.stage_3.gate_accuracy
+    if accuracy is None or not accuracy >= bar:
+        return False, f"pairwise branch accuracy {accuracy} is below stage_3.gate_accuracy = {bar}"
+    return True, ""
+
+
+def finite(value: Any) -> Any:
+    """Plain data without NaN and infinities, which JSON lacks."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+class _Reporter:
+    """Curves for TensorBoard, and lines for the driver; silent on all workers but the first."""
+
+    def __init__(self, work: Work, step: int, active: bool) -> None:
+        self._writer: Any = None
+        self._lines: Any = None
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = Path(work.folder)
+        self._writer = SummaryWriter(str(folder.parent / "tensorboard" / folder.name), purge_step=step + 1)
+        self._lines = open(folder / PROGRESS_FILE, "a", encoding="utf-8")
+
+    def log(self, point: Point) -> None:
+        figures = {"loss": point["loss"], "lr": point["lr"], "tokens/s": point["tokens_per_second"]}
+        self._write({"step": int(point["step"]), **figures})
+        self._scalars(point)
+
+    def evaluation(self, point: Point) -> None:
+        shown = {name: value for name, value in point.items() if name not in ("step", "seconds")}
+        text = ", ".join(f"{name.removeprefix('valid/')} {value:.4g}" for name, value in list(shown.items())[:12])
+        more = f", and {len(shown) - 12} more" if len(shown) > 12 else ""
+        self.say(f"step {int(point['step'])}, held out: {text}{more}")
+        self._scalars(point)
+
+    def say(self, text: str) -> None:
+        self._write({"say": text})
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._lines.close()
+
+    def _write(self, message: dict[str, Any]) -> None:
+        if self._lines is not None:
+            self._lines.write(json.dumps(message) + "\n")
+            self._lines.flush()
+
+    def _scalars(self, point: Point) -> None:
+        if self._writer is not None:
+            for name, value in point.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, int(point["step"]))
