@@ -67,11 +67,17 @@ static inline VecF load_int8(const int8_t* p) {
     return __builtin_convertvector(__builtin_convertvector(byte, VecI), VecF);
 }
 
+// Sum of the lanes, halves first: always the same order for one instruction set.
 template <typename T>
 static inline T sum_lanes(Vec<T> v) {
-    T total = 0;
-    for (int i = 0; i < kLanes<T>; ++i) total += v[i];
-    return total;
+    Vec<T> other;
+#pragma GCC unroll 8
+    for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes<T>; ++i) other[i] = v[i ^ half];
+        v += other;
+    }
+    return v[0];
 }
 
 // exp(x) within 2 units in the last place for floats (Cephes, expf.c); 0 below -87, clamped above 88.
