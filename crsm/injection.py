@@ -14,8 +14,13 @@ Letters: B batch, H heads, P head dimension, N d_state, R rank, L layers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from crsm import native
 
 LARGEST_WRITE = 1e15
 """Entries of a write beyond this are cut: squares of larger ones would overflow in the norms."""
@@ -56,6 +61,50 @@ def inject(ssm_BHPN: Tensor, write_BHPN: Tensor, alpha_B: Tensor) -> Tensor:
     alpha = alpha_B[:, None, None, None]
     blended_BHPN = clip_to_norm(ssm_BHPN + alpha * (target_BHPN - ssm_BHPN), limit_BH)
     return torch.where(alpha > 0, blended_BHPN, ssm_BHPN)
+
+
+def inject_low_rank(ssm_BHPN: Tensor, u_BRE: Tensor, b_BRN: Tensor, alpha_B: Tensor) -> Tensor:
+    """:func:`inject` of :func:`outer_write`, in one pass over the states where the native core is there.
+
+    It differs from the two by rounding only. Gradients flow to the write; where the states or α want one, the two
+    functions themselves are used.
+    """
+    plain = ssm_BHPN.device.type == "cpu" and ssm_BHPN.dtype in (torch.float32, torch.float64)
+    wanted = torch.is_grad_enabled() and (ssm_BHPN.requires_grad or alpha_B.requires_grad)
+    if native.core is None or not plain or wanted:
+        return inject(ssm_BHPN, outer_write(u_BRE, b_BRN, ssm_BHPN.shape[1]), alpha_B)
+    result: Tensor = _NativeInject.apply(ssm_BHPN, u_BRE, b_BRN, alpha_B)
+    return result
+
+
+class _NativeInject(torch.autograd.Function):
+    """``inject_low_rank`` by the native core; differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, ssm_BHPN: Tensor, u_BRE: Tensor, b_BRN: Tensor, alpha_B: Tensor) -> Tensor:
+        arrays = tuple(tensor.detach().contiguous() for tensor in (ssm_BHPN, u_BRE, b_BRN, alpha_B))
+        out_BHPN = torch.empty_like(arrays[0])
+        native.require().inject(*arrays, LARGEST_WRITE, out_BHPN, torch.get_num_threads())
+        ctx.save_for_backward(*arrays)
+        return out_BHPN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHPN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ssm_BHPN, u_BRE, b_BRN, alpha_B = ctx.saved_tensors
+        du_BRE, db_BRN = torch.empty_like(u_BRE), torch.empty_like(b_BRN)
+        native.require().inject_backward(
+            ssm_BHPN,
+            u_BRE,
+            b_BRN,
+            alpha_B,
+            LARGEST_WRITE,
+            grad_BHPN.contiguous(),
+            du_BRE,
+            db_BRN,
+            torch.get_num_threads(),
+        )
+        return None, du_BRE, db_BRN, None
 
 
 def withdraw(ssm_BHPN: Tensor, delta_BHPN: Tensor) -> Tensor:

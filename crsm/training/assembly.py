@@ -20,7 +20,7 @@ from torch import Tensor
 from crsm.config import AssemblyStageConfig
 from crsm.data.sequences import AttemptGroup, attempt_groups
 from crsm.data.tokenizer import Tokenizer
-from crsm.injection import carry, inject, outer_write, withdraw
+from crsm.injection import carry, inject_low_rank, withdraw
 from crsm.model import CRSM
 from crsm.tasks.base import Task, keyed_rng
 from crsm.training.stage import Metrics, Stage, scalar, tensor_for
@@ -178,11 +178,7 @@ def _inject_line(model: CRSM, state: ModelState, line_BM: Tensor, length_B: Tens
     write = model.writer(line_BM, length_B)
     return state.with_ssm(
         tuple(
-            inject(
-                layer.ssm_BHPN,
-                outer_write(write.u_BLRE[:, index], write.b_BLRN[:, index], layer.ssm_BHPN.shape[1]),
-                alpha_B,
-            )
+            inject_low_rank(layer.ssm_BHPN, write.u_BLRE[:, index], write.b_BLRN[:, index], alpha_B)
             for index, layer in enumerate(state.layers)
         )
     )
