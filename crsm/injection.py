@@ -73,7 +73,7 @@ def inject_low_rank(ssm_BHPN: Tensor, u_BRE: Tensor, b_BRN: Tensor, alpha_B: Ten
     wanted = torch.is_grad_enabled() and (ssm_BHPN.requires_grad or alpha_B.requires_grad)
     if native.core is None or not plain or wanted:
         return inject(ssm_BHPN, outer_write(u_BRE, b_BRN, ssm_BHPN.shape[1]), alpha_B)
-    result: Tensor = _NativeInject.apply(ssm_BHPN, u_BRE, b_BRN, alpha_B)
+    result: Tensor = _NativeInject.apply(ssm_BHPN, u_BRE, b_BRN, alpha_B.to(ssm_BHPN.dtype))
     return result
 
 
@@ -90,7 +90,7 @@ class _NativeInject(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BHPN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BHPN: Tensor) -> tuple[Tensor | None, ...]:
         ssm_BHPN, u_BRE, b_BRN, alpha_B = ctx.saved_tensors
         du_BRE, db_BRN = torch.empty_like(u_BRE), torch.empty_like(b_BRN)
         native.require().inject_backward(

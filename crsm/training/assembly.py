@@ -25,7 +25,7 @@ from crsm.model import CRSM
 from crsm.tasks.base import Task, keyed_rng
 from crsm.training.stage import Metrics, Stage, scalar, tensor_for
 from crsm.training.traces import Texts, Trace, trace_backbone
-from crsm.types import ModelState
+from crsm.types import LayerState, ModelState
 
 
 class Drawn(NamedTuple):
@@ -186,31 +186,27 @@ def _inject_line(model: CRSM, state: ModelState, line_BM: Tensor, length_B: Tens
 
 @torch.no_grad()
 def _with_earlier_write(model: CRSM, texts: Texts, drawn: Drawn, trace: Trace, clean: ModelState) -> ModelState:
-    """States at the target of rows in which an earlier plan was written one token before."""
-    before = trace.states_R[0]
-    target, sequences = drawn.target, len(texts.answer_BT)
-    own = torch.arange(sequences, device=texts.answer_BT.device)
+    """States at the target; in some rows an earlier plan was written one token before."""
+    target, answer_BT = drawn.target, texts.answer_BT
+    rows = tensor_for(model, np.flatnonzero(drawn.earlier_B))
+    before = trace.states_R[0].rows(rows)
     # Another attempt at the same problem: the neighbour inside its block of attempts.
-    other = own // texts.attempts * texts.attempts + (own + 1) % texts.attempts
-    source = torch.where(tensor_for(model, drawn.earlier_B == 2), other, own)
-    length_B = tensor_for(model, drawn.length_B)
-    line_BM = _lines(texts.answer_BT[source], target, int(length_B.max()))
-    alpha_B = tensor_for(model, np.where(drawn.earlier_B > 0, drawn.alpha_B, 0).astype(np.float32))
-    written = _inject_line(model, before, line_BM, length_B, alpha_B)
-    out = model.backbone.step(texts.answer_BT[:, target - 1], written)
-    take = tensor_for(model, drawn.withdrawn_B)[:, None, None, None]
-    ssm = []
-    for layer in range(len(before.layers)):
-        delta = written.layers[layer].ssm_BHPN - before.layers[layer].ssm_BHPN
-        now = out.state.layers[layer].ssm_BHPN
-        ssm.append(torch.where(take, withdraw(now, carry(delta, out.decay_LBH[layer])), now))
-    keep = tensor_for(model, drawn.earlier_B > 0)
-    return ModelState(
-        tuple(
-            type(clean_layer)(
-                torch.where(keep[:, None, None], new.conv_BCK, clean_layer.conv_BCK),
-                torch.where(keep[:, None, None, None], new_ssm, clean_layer.ssm_BHPN),
+    other = rows // texts.attempts * texts.attempts + (rows + 1) % texts.attempts
+    source = torch.where(tensor_for(model, drawn.earlier_B == 2)[rows], other, rows)
+    length_B = tensor_for(model, drawn.length_B)[rows]
+    line_BM = _lines(answer_BT[source], target, int(length_B.max()))
+    written = _inject_line(model, before, line_BM, length_B, tensor_for(model, drawn.alpha_B)[rows])
+    out = model.backbone.step(answer_BT[rows, target - 1], written)
+    withdrawn = tensor_for(model, drawn.withdrawn_B)[rows].nonzero()[:, 0]
+    layers = []
+    for index, layer in enumerate(out.state.layers):
+        ssm_BHPN = layer.ssm_BHPN
+        delta = (written.layers[index].ssm_BHPN - before.layers[index].ssm_BHPN)[withdrawn]
+        taken = withdraw(ssm_BHPN[withdrawn], carry(delta, out.decay_LBH[index][withdrawn]))
+        layers.append(
+            LayerState(
+                clean.layers[index].conv_BCK.index_copy(0, rows, layer.conv_BCK),
+                clean.layers[index].ssm_BHPN.index_copy(0, rows, ssm_BHPN.index_copy(0, withdrawn, taken)),
             )
-            for clean_layer, new, new_ssm in zip(clean.layers, out.state.layers, ssm, strict=True)
         )
-    )
+    return ModelState(tuple(layers))

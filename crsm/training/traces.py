@@ -111,12 +111,14 @@ def trace_backbone(backbone: Backbone, texts: Texts, roots: tuple[int, ...], rea
             hidden.append(piece_BTLD)
             position = root
         states[root] = state
-    memory = [torch.stack([states[root].layers[i].ssm_BHPN for i in read_layers], dim=1) for root in roots]
+    # Written once: at many roots this is the largest tensor of the step.
+    like = state.layers[0].ssm_BHPN
+    memory_RBMHPN = like.new_empty(len(roots), len(like), len(read_layers), *like.shape[1:])
+    for memory_BMHPN, root in zip(memory_RBMHPN, roots, strict=True):
+        for index, layer in enumerate(read_layers):
+            memory_BMHPN[:, index] = states[root].layers[layer].ssm_BHPN
     return Trace(
-        torch.cat(hidden, dim=1).transpose(0, 1),
-        roots,
-        torch.stack(memory),
-        tuple(states[root] for root in roots),
+        torch.cat(hidden, dim=1).transpose(0, 1), roots, memory_RBMHPN, tuple(states[root] for root in roots)
     )
 
 
