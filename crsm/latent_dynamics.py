@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from crsm.config import ModelConfig
 from crsm.mamba_ssm import Backbone
+from crsm.native.memory_read import read_memory
 from crsm.types import LayerState, ModelState
 
 
@@ -95,11 +96,10 @@ class LatentDynamics(nn.Module):
     def advance(self, latent: Latent, snapshot: Snapshot, token_B: Tensor) -> tuple[Latent, Tensor]:
         (g_BG,) = latent
         embedded_BD = self._embedding[0](token_B)
-        memory = snapshot.memory_BMHPN
         query_BMN = self.query(torch.cat([g_BG, embedded_BD], dim=1)).view(len(g_BG), len(self._layers), -1)
         # h·q per head, as System 1 reads its own memory with C; one query serves all heads of a layer.
-        read_BMHP = torch.matmul(memory.flatten(2, 3), query_BMN[..., None]).squeeze(-1)
-        read_BE = F.rms_norm(read_BMHP.flatten(1), (read_BMHP.flatten(1).shape[1],), eps=1e-6)
+        read_BE = read_memory(snapshot.memory_BMHPN, query_BMN).flatten(1)
+        read_BE = F.rms_norm(read_BE, read_BE.shape[1:], eps=1e-6)
         g_BG = self.cell(torch.cat([embedded_BD, self.read(read_BE)], dim=1), g_BG)
         return (g_BG,), self.decode(g_BG)
 

@@ -117,9 +117,7 @@ def trace_backbone(backbone: Backbone, texts: Texts, roots: tuple[int, ...], rea
     for memory_BMHPN, root in zip(memory_RBMHPN, roots, strict=True):
         for index, layer in enumerate(read_layers):
             memory_BMHPN[:, index] = states[root].layers[layer].ssm_BHPN
-    return Trace(
-        torch.cat(hidden, dim=1).transpose(0, 1), roots, memory_RBMHPN, tuple(states[root] for root in roots)
-    )
+    return Trace(torch.cat(hidden, dim=1).transpose(0, 1), roots, memory_RBMHPN, tuple(states[root] for root in roots))
 
 
 def repeat_rows(state: ModelState, times: int) -> ModelState:

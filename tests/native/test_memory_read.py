@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crsm import native
+from crsm.native.memory_read import read_memory
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.MISSING)
 
@@ -46,3 +47,17 @@ def test_arrays_that_do_not_fit_are_refused_by_name():
         native.require().memory_read(memory, query[:, :3].contiguous(), torch.empty(2, 3))
     with pytest.raises(ValueError, match="read: wrong dtype; allowed: float32"):
         native.require().memory_read(memory, query, torch.empty(2, 3, dtype=torch.float64))
+
+
+def test_gradients_of_the_query_are_those_of_finite_differences():
+    memory, query, _ = arrays(6, 8, 5, torch.float64)
+    memory_BMHPN, query_BMN = memory.view(2, 3, 2, 4, 5), query.view(2, 3, 5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: read_memory(memory_BMHPN, q), (query_BMN,))
+
+
+def test_a_memory_that_wants_a_gradient_gets_one():
+    memory, query, _ = arrays(6, 8, 5, torch.float64)
+    memory_BMHPN, query_BMN = memory.view(2, 3, 2, 4, 5).requires_grad_(), query.view(2, 3, 5)
+    read_memory(memory_BMHPN, query_BMN).sum().backward()
+    expected = query_BMN[:, :, None, None].expand(memory_BMHPN.shape)
+    assert torch.equal(memory_BMHPN.grad, expected)
