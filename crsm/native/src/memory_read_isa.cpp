@@ -14,19 +14,26 @@ void forward(const T* memory, const T* query, T* read, int64_t begin, int64_t co
         const T* matrix = memory + index * width_E * state_N;
         const T* q = query + index * state_N;
         T* out = read + index * width_E;
-        for (int64_t e = 0; e < width_E; e += kRows) {
-            const int rows = width_E - e < kRows ? static_cast<int>(width_E - e) : kRows;
+        int64_t e = 0;
+        for (; e + kRows <= width_E; e += kRows) {
             Vec<T> sum[kRows] = {};
             int64_t n = 0;
             for (; n + width <= state_N; n += width) {
                 const Vec<T> x = load(q + n);
-                for (int r = 0; r < rows; ++r) sum[r] += x * load(matrix + (e + r) * state_N + n);
+#pragma GCC unroll 4
+                for (int r = 0; r < kRows; ++r) sum[r] += x * load(matrix + (e + r) * state_N + n);
             }
-            for (int r = 0; r < rows; ++r) {
-                T total = sum_lanes<T>(sum[r]);
-                for (int64_t rest = n; rest < state_N; ++rest) total += q[rest] * matrix[(e + r) * state_N + rest];
-                out[e + r] = total;
+            sum_lanes4<T>(sum, out + e);
+            for (; n < state_N; ++n) {
+                for (int r = 0; r < kRows; ++r) out[e + r] += q[n] * matrix[(e + r) * state_N + n];
             }
+        }
+        for (; e < width_E; ++e) {
+            Vec<T> sum{};
+            int64_t n = 0;
+            for (; n + width <= state_N; n += width) sum += load(q + n) * load(matrix + e * state_N + n);
+            out[e] = sum_lanes<T>(sum);
+            for (; n < state_N; ++n) out[e] += q[n] * matrix[e * state_N + n];
         }
     }
 }

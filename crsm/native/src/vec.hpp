@@ -80,6 +80,45 @@ static inline T sum_lanes(Vec<T> v) {
     return v[0];
 }
 
+// Sums of the lanes of four vectors at once: half the shuffles of four separate sums.
+template <typename T>
+static inline void sum_lanes4(const Vec<T> (&v)[4], T* sums) {
+    constexpr int lanes = kLanes<T>;
+    if constexpr (lanes < 4) {
+        for (int r = 0; r < 4; ++r) sums[r] = sum_lanes<T>(v[r]);
+        return;
+    } else {
+        Vec<T> low, high, pairs[2], all;
+#pragma GCC unroll 2
+        for (int pair = 0; pair < 2; ++pair) {  // [v0 | v1]: each in one half
+            const Vec<T> a = v[2 * pair], b = v[2 * pair + 1];
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes / 2; ++i) {
+                low[i] = a[i];
+                low[i + lanes / 2] = b[i];
+                high[i] = a[i + lanes / 2];
+                high[i + lanes / 2] = b[i + lanes / 2];
+            }
+            pairs[pair] = low + high;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {  // [v0 v1 | v2 v3]: each in one quarter
+            const int quarter = lanes / 4, from = (i % (lanes / 2)) / quarter * (lanes / 2) + i % quarter;
+            low[i] = pairs[i / (lanes / 2)][from];
+            high[i] = pairs[i / (lanes / 2)][from + quarter];
+        }
+        all = low + high;
+#pragma GCC unroll 4
+        for (int half = lanes / 8; half > 0; half /= 2) {
+            Vec<T> other;
+#pragma GCC unroll 16
+            for (int i = 0; i < lanes; ++i) other[i] = all[i ^ half];
+            all += other;
+        }
+        for (int r = 0; r < 4; ++r) sums[r] = all[r * (lanes / 4)];
+    }
+}
+
 // exp(x) within 2 units in the last place for floats (Cephes, expf.c); 0 below -87, clamped above 88.
 static inline VecF exp(VecF x) {
     const VecF low = broadcast(-87.33654f), high = broadcast(88.37626f);
