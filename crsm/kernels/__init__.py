@@ -1,18 +1,46 @@
-"""The Mamba-2 recurrence behind one interface: modules with the functions of :mod:`crsm.kernels.reference`."""
+"""The Mamba-2 recurrence behind one interface: modules with the functions of :mod:`crsm.kernels.reference`.
+
+``reference`` is the definition in plain PyTorch, for every device and type; ``native`` is C++ for CPU. The best that
+there is gets chosen; ``CRSM_KERNELS`` in the environment names another one.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 from torch import Tensor
 
-from crsm.kernels import reference
+from crsm.kernels import native, reference
+from crsm.native import MISSING, available
 
 
 class Kernels(Protocol):
     """What a kernel module offers; :mod:`crsm.kernels.reference` holds the definitions and the shapes."""
 
     NAME: str
+
+    def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor: ...
+
+    def rms_norm(self, x: Tensor, weight_E: Tensor, eps: float) -> Tensor: ...
+
+    def gated_rms_norm(self, y: Tensor, z: Tensor, weight_E: Tensor, eps: float) -> Tensor: ...
+
+    def mixer(
+        self,
+        zxBCdt_BTI: Tensor,
+        conv_weight_CK: Tensor,
+        conv_bias_C: Tensor,
+        dt_bias_H: Tensor,
+        A_H: Tensor,
+        D_H: Tensor,
+        norm_weight_E: Tensor,
+        norm_eps: float,
+        conv_BCK: Tensor,
+        ssm_BHPN: Tensor,
+        chunk_size: int,
+        segment_BT: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def causal_conv(
         self,
@@ -44,17 +72,31 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-KERNELS: dict[str, Kernels] = {reference.NAME: reference}
+KERNELS: dict[str, Kernels] = {reference.NAME: reference, native.NAME: native}
+"""All that this package has; what of it runs on this machine, :func:`select_kernels` knows."""
+
+_PREFERENCE = (native.NAME, reference.NAME)
+"""The best first."""
+
+
+def _missing(name: str) -> str:
+    """Why these kernels cannot be used; empty if they can."""
+    return f"no native core: {MISSING}" if name == native.NAME and not available() else ""
 
 
 def select_kernels(name: str | None = None) -> Kernels:
-    """The kernels to use; None: the best that this machine has.
+    """The kernels to use; None: those that ``CRSM_KERNELS`` names, else the best that this machine has.
 
     Raises:
-        ValueError: no kernels of that name.
+        ValueError: no kernels of that name, or not on this machine.
     """
+    asked = "kernels"
     if name is None:
-        return reference
+        name, asked = os.environ.get("CRSM_KERNELS") or None, "CRSM_KERNELS"
+    if name is None:
+        return next(KERNELS[best] for best in _PREFERENCE if not _missing(best))
     if name not in KERNELS:
-        raise ValueError(f"kernels = {name!r}; allowed: {', '.join(KERNELS)}")
+        raise ValueError(f"{asked} = {name!r}; allowed: {', '.join(KERNELS)}")
+    if why := _missing(name):
+        raise ValueError(f"{asked} = {name!r}: {why}")
     return KERNELS[name]

@@ -8,5 +8,7 @@ namespace crsm {
 void bind_injection(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_memory_read(nanobind::module_& m);
+void bind_mixer(nanobind::module_& m);
+void bind_scan(nanobind::module_& m);
 
 }  // namespace crsm
