@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crsm.config import ModelConfig
+from crsm.kernels import Kernels
+from crsm.kernels.module import KernelModule
 from crsm.mamba_ssm import Backbone
 from crsm.native.memory_read import read_memory
 from crsm.types import LayerState, ModelState
@@ -64,11 +66,11 @@ class WorldModel(Protocol):
         """Consumes one token: the new latent, and the predicted residual stream (B, L, D)."""
 
 
-class LatentDynamics(nn.Module):
+class LatentDynamics(KernelModule):
     """Memory-reading GRU world model. The token embedding is the backbone's and is passed in, not owned."""
 
-    def __init__(self, config: ModelConfig, embedding: nn.Embedding) -> None:
-        super().__init__()
+    def __init__(self, config: ModelConfig, embedding: nn.Embedding, kernels: Kernels | None = None) -> None:
+        super().__init__(kernels)
         backbone, settings = config.backbone, config.world_model
         self._layers = settings.read_layers or tuple(range(backbone.n_layer))
         width, d_model, n_layer = settings.width, backbone.d_model, backbone.n_layer
@@ -91,21 +93,36 @@ class LatentDynamics(nn.Module):
         return False
 
     def begin(self, snapshot: Snapshot) -> Latent:
-        return (torch.tanh(self.encoder(snapshot.hidden_BLD.flatten(1))),)
+        return (torch.tanh(self.dense(self.encoder, snapshot.hidden_BLD.flatten(1))),)
 
     def advance(self, latent: Latent, snapshot: Snapshot, token_B: Tensor) -> tuple[Latent, Tensor]:
         (g_BG,) = latent
         embedded_BD = self._embedding[0](token_B)
-        query_BMN = self.query(torch.cat([g_BG, embedded_BD], dim=1)).view(len(g_BG), len(self._layers), -1)
+        query_BMN = self.dense(self.query, torch.cat([g_BG, embedded_BD], dim=1)).view(len(g_BG), len(self._layers), -1)
         # h·q per head, as System 1 reads its own memory with C; one query serves all heads of a layer.
         read_BE = read_memory(snapshot.memory_BMHPN, query_BMN).flatten(1)
         read_BE = F.rms_norm(read_BE, read_BE.shape[1:], eps=1e-6)
-        g_BG = self.cell(torch.cat([embedded_BD, self.read(read_BE)], dim=1), g_BG)
+        g_BG = self._advance(torch.cat([embedded_BD, self.dense(self.read, read_BE)], dim=1), g_BG)
         return (g_BG,), self.decode(g_BG)
+
+    def _advance(self, input_BI: Tensor, g_BG: Tensor) -> Tensor:
+        """The GRU cell (arXiv 1406.1078, with PyTorch's place of the reset gate), its products on the kernels."""
+        cell = self.cell
+        input_reset, input_update, input_new = (self.kernels.linear(input_BI, cell.weight_ih) + cell.bias_ih).chunk(
+            3, dim=1
+        )
+        state_reset, state_update, state_new = (self.kernels.linear(g_BG, cell.weight_hh) + cell.bias_hh).chunk(
+            3, dim=1
+        )
+        reset_BG = torch.sigmoid(input_reset + state_reset)
+        update_BG = torch.sigmoid(input_update + state_update)
+        new_BG = torch.tanh(input_new + reset_BG * state_new)
+        return torch.lerp(new_BG, g_BG, update_BG)
 
     def decode(self, g_BG: Tensor) -> Tensor:
         """Predicted residual stream of every layer (…, L, D)."""
-        flat = self.decoder_linear(g_BG) + self.decoder_out(F.silu(self.decoder_in(g_BG)))
+        hidden_BX = F.silu(self.dense(self.decoder_in, g_BG))
+        flat = self.dense(self.decoder_linear, g_BG) + self.dense(self.decoder_out, hidden_BX)
         return flat.unflatten(-1, self._shape)
 
 

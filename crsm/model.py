@@ -57,7 +57,7 @@ class CRSM(nn.Module):
             self.lm_head.weight = self.backbone.embedding.weight
         self.fusion = Fusion(sizes.n_layer)
         self.critic = Critic(sizes.n_layer, sizes.d_model, config.model.critic)
-        self.world_model = LatentDynamics(config.model, self.backbone.embedding)
+        self.world_model = LatentDynamics(config.model, self.backbone.embedding, kernels)
         self.writer = PlanWriter(config.model, self.backbone.embedding)
         self.gate = Gate(sizes.n_layer)
 
