@@ -10,7 +10,7 @@ from crsm.kernels import Kernels, select_kernels
 
 
 class KernelModule(nn.Module):
-    """A module with ``kernels``; they travel by name when it is copied or pickled, since a Python module can do neither."""
+    """A module with ``kernels``, which travel by name: a Python module can be neither copied nor pickled."""
 
     def __init__(self, kernels: Kernels | None = None) -> None:
         """

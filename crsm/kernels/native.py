@@ -324,7 +324,7 @@ def mixer(
 
 
 class _Mixer(Function):
-    """Convolution, scan and norm on slices of one buffer. Saves the buffer, the convolution's and the scan's outputs."""
+    """Convolution, scan and norm on slices of one buffer. Saves it and what the convolution and the scan gave."""
 
     @staticmethod
     def forward(
