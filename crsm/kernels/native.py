@@ -324,7 +324,7 @@ def mixer(
 
 
 class _Mixer(Function):
-    """Convolution, scan and norm on slices of one buffer. Saves it and what the convolution and the scan gave."""
+    """Convolution, scan and norm on slices of one buffer. Saves it, and the outputs of convolution and scan."""
 
     @staticmethod
     def forward(
