@@ -10,9 +10,9 @@
 namespace crsm {
 namespace {
 
-// Under this many multiply-adds a step, a second thread costs more (waking it, two or three barriers a layer) than it
-// gains: about 200 µs of one core.
-constexpr int64_t kWorthATeam = 12'000'000;
+// Under this many multiply-adds a step (about a millisecond of one core) the step is one thread's: a second one has to be
+// woken, and at three barriers a layer it costs more than it gains once another program wants its core.
+constexpr int64_t kWorthATeam = 60'000'000;
 
 constexpr size_t kLine = 64;
 
