@@ -52,8 +52,6 @@ class NativeDecoder:
         sizes = self._backbone.config
         self._layers, self._width, self._vocab = sizes.n_layer, sizes.d_model, sizes.vocab_size
         self._heads = sizes.n_heads
-        self._parameters = [*_named_parameters(self._model, self._backbone)]
-        self._check()
         self._core = require().Decoder(
             d_model=sizes.d_model,
             n_layer=sizes.n_layer,
@@ -67,6 +65,7 @@ class NativeDecoder:
             head=has_head,
         )
         self._has_head = has_head
+        self._parameters: list[tuple[str, Tensor]] = []
         self._packed: list[tuple[int, int]] = []
         self.refresh()
 

@@ -15,6 +15,9 @@ uint16_t to_bf16(float x) {
     return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// To the nearest integer, ties to even, for |x| < 2^22: there 1.5·2^23 leaves no room for a fraction.
+float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
 struct Source {
     const float* data;
     int64_t row, column, rows_K, columns_N;
@@ -33,13 +36,16 @@ void pack_int8(const Source& source, int64_t panel, int8_t* to, float* scales) {
         for (int64_t start = 0; start < source.rows_K; start += kScaleGroup) {
             const int64_t stop = start + kScaleGroup < source.rows_K ? start + kScaleGroup : source.rows_K;
             float largest = 0.0f;
-            for (int64_t k = start; k < stop; ++k) largest = std::fmax(largest, std::fabs(source(k, n)));
+            for (int64_t k = start; k < stop; ++k) {
+                const float size = std::fabs(source(k, n));
+                if (size > largest) largest = size;
+            }
             // A scale that is not a normal number could not be divided by; such weights are as good as 0.
             const float scale = largest / 127.0f >= 1.17549435e-38f ? largest / 127.0f : 0.0f;
             scales[start / kScaleGroup * kPanel + i] = scale;
             for (int64_t k = start; k < stop; ++k) {
-                const float ratio = scale > 0.0f ? std::nearbyint(source(k, n) / scale) : 0.0f;
-                to[k * kPanel + i] = static_cast<int8_t>(ratio > 127.0f ? 127.0f : ratio < -127.0f ? -127.0f : ratio);
+                // At most 127 in size, as the largest over its scale rounds to 127.
+                to[k * kPanel + i] = static_cast<int8_t>(scale > 0.0f ? round_even(source(k, n) / scale) : 0.0f);
             }
         }
     }
