@@ -11,7 +11,7 @@ K convolution width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -45,8 +45,8 @@ class NativeDecoder:
         if threads is not None and threads < 1:
             raise ValueError(f"threads = {threads}; allowed: at least 1, or None")
         has_head = hasattr(model, "lm_head")
-        self._model: Any = model
-        self._backbone: Any = model.backbone if has_head else model
+        self._model = cast(Any, model)
+        self._backbone = cast(Any, model.backbone if has_head else model)
         self._threads = threads or 0
         self.weights = weights
         sizes = self._backbone.config
@@ -65,13 +65,13 @@ class NativeDecoder:
             head=has_head,
         )
         self._has_head = has_head
-        self._parameters: list[tuple[str, Tensor]] = []
+        self._places: list[tuple[str, dict[str, Any], str]] = []
         self._packed: list[tuple[int, int]] = []
         self.refresh()
 
     @property
     def bytes_of_weights(self) -> int:
-        """What the weights take: packed matrices with their scales, vectors, and the embedding that is read in place."""
+        """Of packed matrices with their scales, of vectors, and of the embedding that is read in place."""
         return int(self._core.bytes_of_weights)
 
     def refresh(self) -> None:
@@ -80,7 +80,7 @@ class NativeDecoder:
         Raises:
             ValueError: a parameter is not fp32, not on the CPU or not finite; it is named.
         """
-        self._parameters = [*_named_parameters(self._model, self._backbone)]
+        self._places = [*_parameter_places(self._model, self._has_head)]
         self._check()
         backbone = self._backbone
         with torch.no_grad():
@@ -188,12 +188,12 @@ class NativeDecoder:
             self.refresh()
 
     def _versions(self) -> list[tuple[int, int]]:
-        return [
-            (0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for _, tensor in self._parameters
-        ]
+        tensors = [holder[key] for _, holder, key in self._places]
+        return [(0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
 
     def _check(self) -> None:
-        for name, tensor in self._parameters:
+        for name, holder, key in self._places:
+            tensor = holder[key]
             _check_tensor(name, tensor, torch.float32)
             # Layers that an imported checkpoint does not read have a logit of -inf: weight 0, exactly.
             finite = ~tensor.isnan() if name == "fusion.logits_L" else tensor.isfinite()
@@ -201,14 +201,14 @@ class NativeDecoder:
                 raise ValueError(f"{name} holds {tensor[~finite].flatten()[0].item()}; allowed: finite numbers")
 
 
-def _named_parameters(model: nn.Module, backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What is packed: the backbone, and the head where there is one."""
-    if model is backbone:
-        yield from backbone.named_parameters()
-        return
-    for name, parameter in model.named_parameters():
-        if name.split(".")[0] in ("backbone", "fusion", "lm_head"):
-            yield name, parameter
+def _parameter_places(model: nn.Module, has_head: bool) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Names of the parameters that are packed, and where they are found even after one is replaced."""
+    for prefix, module in model.named_modules():
+        if has_head and prefix.split(".")[0] not in ("backbone", "fusion", "lm_head"):
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{key}".lstrip("."), module._parameters, key
 
 
 def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
