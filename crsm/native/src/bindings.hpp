@@ -5,6 +5,7 @@
 
 namespace crsm {
 
+void bind_decode(nanobind::module_& m);
 void bind_injection(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_memory_read(nanobind::module_& m);
