@@ -6,5 +6,6 @@
 namespace crsm {
 
 void bind_linear(nanobind::module_& m);
+void bind_search(nanobind::module_& m);
 
 }  // namespace crsm
