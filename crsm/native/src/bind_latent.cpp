@@ -1,4 +1,5 @@
-// The latent network: packed weights, memories, projection, and the evaluator that the search calls.
+// The latent network: packed weights, memories, projection, and the evaluator that the search calls. The evaluator's
+// base class is bound in bind_search.cpp, which comes first.
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
@@ -191,76 +192,9 @@ std::shared_ptr<LatentEvaluator> make_evaluator(WeightsPtr weights, MemoryPtr me
                                              std::move(terminal_tokens), num_actions, threads);
 }
 
-// The arrays of an Evaluation of all trees: actions, prior logits, values.
-struct Evaluation {
-    explicit Evaluation(const LatentEvaluator& of)
-        : rows(static_cast<size_t>(of.num_trees())),
-          actions_A(static_cast<size_t>(of.num_actions())),
-          layers_L(static_cast<size_t>(of.num_layers())),
-          actions(of.num_trees() * of.num_actions()),
-          priors(of.num_trees() * of.num_actions()),
-          values(of.num_trees() * of.num_layers()) {}
-
-    search::EvaluationRows all() { return {actions.data(), priors.data(), values.data()}; }
-    nb::tuple give() {
-        return nb::make_tuple(to_numpy(std::move(actions), {rows, actions_A}),
-                              to_numpy(std::move(priors), {rows, actions_A}),
-                              to_numpy(std::move(values), {rows, layers_L}));
-    }
-
-    size_t rows, actions_A, layers_L;
-    Buffer<int64_t> actions;
-    Buffer<float> priors, values;
-};
-
-nb::tuple root(LatentEvaluator& evaluator) {
-    Evaluation out(evaluator);
-    {
-        nb::gil_scoped_release release;
-        evaluator.root(out.all());
-    }
-    return out.give();
-}
-
-// crsm/search/evaluator.py's `expand`: one leaf per tree, inactive rows 0 and not stored.
-nb::tuple expand(LatentEvaluator& evaluator, AnyArray parent_B, AnyArray action_B, AnyArray node_B, AnyArray active_B) {
-    const int64_t trees = evaluator.num_trees(), A = evaluator.num_actions(), L = evaluator.num_layers();
-    const int64_t* parent = checked<const int64_t>(parent_B, "parent_B", {trees});
-    const int64_t* action = checked<const int64_t>(action_B, "action_B", {trees});
-    const int64_t* node = checked<const int64_t>(node_B, "node_B", {trees});
-    const bool* active = checked<const bool>(active_B, "active_B", {trees});
-    std::vector<search::Leaf> leaves;
-    for (int64_t tree = 0; tree < trees; ++tree) {
-        if (active[tree]) leaves.push_back({tree, parent[tree], action[tree], node[tree]});
-    }
-    const int64_t count = static_cast<int64_t>(leaves.size());
-    Evaluation out(evaluator);
-    if (count > 0) {
-        nb::gil_scoped_release release;
-        evaluator.expand(leaves.data(), count, out.all());
-    }
-    // Rows lie close together: from the last one on, each moves to its tree's place.
-    int64_t row = count - 1;
-    for (int64_t tree = trees; tree-- > 0;) {
-        const auto move = [&](auto* data, int64_t width) {
-            if (active[tree]) {
-                std::copy_backward(data + row * width, data + (row + 1) * width, data + (tree + 1) * width);
-            } else {
-                std::fill_n(data + tree * width, width, 0);
-            }
-        };
-        move(out.actions.data(), A);
-        move(out.priors.data(), A);
-        move(out.values.data(), L);
-        if (active[tree]) --row;
-    }
-    return out.give();
-}
-
 }  // namespace
 
 void bind_latent(nb::module_& m) {
-    if (!nb::hasattr(m, "Evaluator")) nb::class_<search::Evaluator>(m, "Evaluator");
     nb::class_<Weights>(m, "LatentWeights", "Packed weights of world model, policy head and critics; immutable.")
         .def_prop_ro("bytes", &Weights::bytes)
         .def_prop_ro("has_table", &Weights::has_table);
@@ -279,14 +213,14 @@ void bind_latent(nb::module_& m) {
     m.def("latent_advance", &advance, nb::arg("weights"), nb::arg("memory"), nb::arg("memory_R"), nb::arg("latent_RG"),
           nb::arg("token_R"), nb::arg("threads") = 0);
     m.def("latent_heads", &heads, nb::arg("weights"), nb::arg("hidden_RLD"), nb::arg("threads") = 0);
-    nb::class_<LatentEvaluator, search::Evaluator>(m, "LatentEvaluator")
-        .def_prop_ro("num_trees", &LatentEvaluator::num_trees)
-        .def_prop_ro("num_actions", &LatentEvaluator::num_actions)
-        .def_prop_ro("num_layers", &LatentEvaluator::num_layers)
-        .def("bytes_per_tree", &LatentEvaluator::bytes_per_tree, nb::arg("slots"))
-        .def("reserve", &LatentEvaluator::reserve, nb::arg("slots"))
-        .def("root", &root)
-        .def("expand", &expand, nb::arg("parent_B"), nb::arg("action_B"), nb::arg("node_B"), nb::arg("active_B"));
+    nb::class_<LatentEvaluator, search::Evaluator>(m, "LatentEvaluator", "The latent network, over F trees.")
+        .def(
+            "remap",
+            [](LatentEvaluator& self, AnyArray new_from_old_BS, int64_t slots) {
+                const int64_t* map = checked<const int64_t>(new_from_old_BS, "new_from_old_BS", {self.num_trees(), -1});
+                self.remap(map, static_cast<int64_t>(new_from_old_BS.shape(1)), slots);
+            },
+            nb::arg("new_from_old_BS"), nb::arg("slots"), "Moves the latents of trees that are used again.");
     m.def("latent_evaluator", &make_evaluator, nb::arg("weights"), nb::arg("memory"), nb::arg("memory_F"),
           nb::arg("latent_FG"), nb::arg("hidden_FLD"), nb::arg("terminal_tokens"), nb::arg("num_actions"),
           nb::arg("threads") = 0);

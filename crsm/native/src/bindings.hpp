@@ -6,6 +6,7 @@
 namespace crsm {
 
 void bind_linear(nanobind::module_& m);
+void bind_search(nanobind::module_& m);
 void bind_latent(nanobind::module_& m);
 
 }  // namespace crsm

@@ -95,6 +95,7 @@ void LatentEvaluator::expand(const search::Leaf* leaves, int64_t count, const se
     const Weights& w = *weights_;
     const int64_t G = w.width_G, L = w.num_layers_L;
     chunks_.run(count, [&](int64_t begin, int64_t end, Workspace& work, int inner) {
+        if (cancelled()) return;
         const int64_t rows = end - begin;
         for (int64_t row = 0; row < rows; ++row) {
             const search::Leaf& leaf = leaves[begin + row];
@@ -117,6 +118,42 @@ void LatentEvaluator::expand(const search::Leaf* leaves, int64_t count, const se
         policy(w, rows, actions_A_, out.actions_RA + begin * actions_A_, out.prior_logits_RA + begin * actions_A_, work,
                inner);
     });
+}
+
+void LatentEvaluator::remap(const int64_t* new_from_old_BS, int64_t old_slots, int64_t slots) {
+    if (old_slots < 0 || old_slots > slots_) {
+        refuse("old_slots = " + std::to_string(old_slots) + "; allowed: 0 to the " + std::to_string(slots_) +
+               " that there are");
+    }
+    if (slots < 1) refuse("slots = " + std::to_string(slots) + "; allowed: at least 1");
+    for (int64_t i = 0; i < trees_F_ * old_slots; ++i) {
+        const int64_t to = new_from_old_BS[i], from = i % old_slots;
+        if (to < -1 || to > from || to >= slots) {
+            refuse("new_from_old_BS: slot " + std::to_string(from) + " of tree " + std::to_string(i / old_slots) +
+                   " goes to " + std::to_string(to) + "; allowed: -1, or a slot that is not higher");
+        }
+    }
+    const int64_t G = weights_->width_G, L = weights_->num_layers_L, size = std::max(slots, slots_);
+    Buffer<float> latents, values;
+    if (size > slots_) {
+        latents = Buffer<float>(trees_F_ * size * G);
+        values = Buffer<float>(trees_F_ * size * L);
+    }
+    float* latents_to = size > slots_ ? latents.data() : latents_FSG_.data();
+    float* values_to = size > slots_ ? values.data() : values_FSL_.data();
+    for (int64_t tree = 0; tree < trees_F_; ++tree) {
+        // In this order a slot is read before anything moves into it.
+        for (int64_t old = 0; old < old_slots; ++old) {
+            const int64_t to = new_from_old_BS[tree * old_slots + old];
+            if (to < 0) continue;
+            std::memmove(latents_to + (tree * size + to) * G, latent(tree, old), bytes(G));
+            std::memmove(values_to + (tree * size + to) * L, this->values(tree, old), bytes(L));
+        }
+    }
+    if (size == slots_) return;
+    latents_FSG_ = std::move(latents);
+    values_FSL_ = std::move(values);
+    slots_ = size;
 }
 
 int64_t LatentEvaluator::bytes_per_tree(int64_t slots) const {

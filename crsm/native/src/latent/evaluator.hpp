@@ -26,6 +26,7 @@ public:
     void reserve(int64_t slots) override;
     void root(const search::EvaluationRows& out) override;
     void expand(const search::Leaf* leaves, int64_t count, const search::EvaluationRows& out) override;
+    void remap(const int64_t* new_from_old_BS, int64_t old_slots, int64_t slots) override;
     int64_t bytes_per_tree(int64_t slots) const override;
 
 private:
