@@ -40,12 +40,14 @@ class LatentFuture(NamedTuple):
 class LatentNetwork:
     """Packed weights; immutable, and shared by any number of evaluators and threads."""
 
-    def __init__(self, weights: Any, fingerprint: tuple[tuple[int, int], ...]) -> None:
-        self._core, self._weights, self._fingerprint = require(), weights, fingerprint
+    def __init__(self, weights: Any, model: nn.Module, world_model: nn.Module) -> None:
+        self._core, self._weights, self._models = require(), weights, (model, world_model)
+        self._places = [_place(model, world_model, name) for name in _ARGUMENTS]
+        self._fingerprint = self._fingerprint_now()
 
     @classmethod
     def from_model(cls, model: nn.Module, world_model: nn.Module) -> LatentNetwork:
-        """Packs the weights of a CRSM and of its latent world model; they are copied.
+        """Packs the weights of a CRSM and of a latent world model on its embedding; they are copied.
 
         Raises:
             ValueError: a tensor has another shape than the settings say, is not float32 on the CPU, or holds NaN or
@@ -64,11 +66,18 @@ class LatentNetwork:
             num_read_M=len(sizes.world_model.read_layers or range(sizes.backbone.n_layer)),
             norm_eps=sizes.backbone.norm_eps,
         )
-        return cls(weights, _fingerprint(model, world_model))
+        return cls(weights, model, world_model)
 
     def is_current(self, model: nn.Module, world_model: nn.Module) -> bool:
-        """Whether these are still the weights of the two: the same tensors, not written to since."""
-        return self._fingerprint == _fingerprint(model, world_model)
+        """Whether these are still the weights of the two: the same parameters, not written to since."""
+        return (
+            self._models[0] is model and self._models[1] is world_model and self._fingerprint == self._fingerprint_now()
+        )
+
+    def _fingerprint_now(self) -> list[tuple[int, int, int]]:
+        """Changes when a parameter is replaced or written to. Tensors made in inference mode count no versions."""
+        tensors = (module._parameters[name] for module, name in self._places)
+        return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
 
     @property
     def num_bytes(self) -> int:
@@ -138,9 +147,8 @@ class LatentNetwork:
     ) -> Any:
         """The evaluator of one search over the F futures; an object of the extension module.
 
-        ``reserve(slots)`` makes room for that many nodes per tree. Then ``root()`` and ``expand(parent_B, action_B,
-        node_B, active_B)`` are those of ``crsm/search/evaluator.py`` and return the arrays of its ``Evaluation``. A
-        terminal token takes over the value of the position that it ends. For one thread at a time.
+        It is a ``NativeEvaluator`` of ``crsm/search/native.py``; ``remap`` moves latents with a tree that is used again.
+        A terminal token takes over the value of the position that it ends. For one thread at a time.
 
         Raises:
             ValueError: wrong shapes or types, a future's latent or residual stream holds NaN or infinity (tree and
@@ -150,6 +158,14 @@ class LatentNetwork:
         return self._core.latent_evaluator(
             self._weights, memory, future.memory_F, latent_FG, hidden_FLD, sorted(terminal_tokens), num_actions, threads
         )
+
+
+def unfit(model: nn.Module, world_model: nn.Module) -> str:
+    """Why the weights of these two cannot be packed: their type or their device. Empty: they can."""
+    for name, (tensor, _) in _tensors(model, world_model).items():
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            return f"{name} is {tensor.dtype} on {tensor.device}"
+    return ""
 
 
 _ARGUMENTS = {
@@ -209,18 +225,15 @@ def _tensors(model: nn.Module, world_model: nn.Module) -> dict[str, tuple[Tensor
         "backbone.norm_f.weight": (d_model,),
         "lm_head.weight": (vocab, d_model),
     }
-    return {name: (_parameter(model, world_model, name), shape) for name, shape in shapes.items()}
+    places = {name: _place(model, world_model, name) for name in shapes}
+    return {name: (places[name][0].get_parameter(places[name][1]), shape) for name, shape in shapes.items()}
 
 
-def _parameter(model: nn.Module, world_model: nn.Module, name: str) -> Tensor:
-    part, _, rest = name.partition(".")
-    return world_model.get_parameter(rest) if part == "world_model" else model.get_parameter(name)
-
-
-def _fingerprint(model: nn.Module, world_model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes when a tensor is replaced or written to. Tensors made in inference mode count no versions."""
-    tensors = (_parameter(model, world_model, name) for name in _ARGUMENTS)
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+def _place(model: nn.Module, world_model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that owns a parameter, and the parameter's name there."""
+    path, _, last = name.rpartition(".")
+    part, _, rest = path.partition(".")
+    return (world_model.get_submodule(rest) if part == "world_model" else model.get_submodule(path)), last
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -228,19 +241,13 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {shape}")
     if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
         raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; allowed: torch.float32 on the cpu")
-    # A fusion logit of -inf is a layer without weight.
     array = tensor.detach().numpy()
-    finite = np.isfinite(array) | ((array == -np.inf) if name == "fusion.logits_L" else False)
+    # A fusion logit of -inf is a layer without weight.
+    finite = np.isfinite(array) | (array == -np.inf if name == "fusion.logits_L" else False)
     if not finite.all():
         index = tuple(int(i) for i in np.argwhere(~finite)[0])
-        raise ValueError(f"{name}{_layer(name, shape, index)}[{index}] = {array[index]}; allowed: finite numbers")
-
-
-def _layer(name: str, shape: tuple[int, ...], index: tuple[int, ...]) -> str:
-    """Names the layer of a tensor whose rows belong to layers."""
-    if name.startswith(("critic.", "fusion.")):
-        return f", layer {index[0]}, "
-    return ""
+        layer = f", layer {index[0]}" if name.startswith(("critic.", "fusion.")) else ""
+        raise ValueError(f"{name}{layer}: [{', '.join(map(str, index))}] = {array[index]}; allowed: finite numbers")
 
 
 def _mixture(logits_L: np.ndarray) -> np.ndarray:
