@@ -51,7 +51,7 @@ def test_an_evaluator_in_python_gets_the_same_calls(case: dict) -> None:
 
 @each_policy
 def test_many_trees_are_shared_by_threads_without_a_difference(policy: str) -> None:
-    tables = RandomTables(3, 300, 5, 3, holes=False, coarse=False)
+    tables = RandomTables(3, 900, 5, 3, holes=False, coarse=False)
     config = SearchConfig(**POLICIES[policy], simulations=12)
     threads = core.num_threads()
     try:

@@ -14,8 +14,14 @@
 namespace crsm::search {
 namespace {
 
-// Trees of one task at least: a tree's step takes about a third of a microsecond, waking a thread several.
-constexpr int64_t kTreesPerTask = 32;
+// A step of all trees is shared out if it takes this long, in nanoseconds: handing work to a thread that has gone to
+// sleep costs tens of microseconds, once per step.
+constexpr int64_t kNanosecondsPerTask = 40'000;
+
+// About what one step of one tree takes, in nanoseconds.
+int64_t step_cost(const RuleSettings& rules, int64_t actions, int64_t leaves) {
+    return (rules.policy == Policy::gumbel ? 250 + 25 * actions : 150 + 12 * actions) * leaves;
+}
 
 // What the search knows of a tree beside its arrays.
 struct Progress {
@@ -85,7 +91,8 @@ public:
             for (int64_t b = 0; b < sizes.trees; ++b) trees_[size_t(b)].pending_SA = pending_.get() + b * edges;
         }
         const int64_t threads = settings.threads > 0 ? settings.threads : num_threads();
-        const int64_t tasks = std::clamp<int64_t>(sizes.trees / kTreesPerTask, 1, threads > 1 ? 2 * threads : 1);
+        const int64_t cost = sizes.trees * step_cost(settings.rules, sizes.actions, settings.leaves);
+        const int64_t tasks = std::clamp<int64_t>(cost / kNanosecondsPerTask, 1, std::min(threads, sizes.trees));
         tasks_.resize(size_t(tasks));
         for (int64_t i = 0; i < tasks; ++i) {
             Task& task = tasks_[size_t(i)];
