@@ -107,9 +107,8 @@ nb::tuple evaluate_leaves(Evaluator& evaluator, AnyArray tree_R, AnyArray parent
 std::string describe(const BadEvaluation& bad) {
     const std::string where = "evaluator: tree " + std::to_string(bad.tree);
     if (bad.layer >= 0) {
-        const nb::object value = nb::module_::import_("numpy").attr("float32")(bad.value);
-        return where + ", layer " + std::to_string(bad.layer) + ": value = " + nb::str(value).c_str() +
-               "; allowed: [0, 1]";
+        return where + ", layer " + std::to_string(bad.layer) + ": value = " +
+               nb::str(nb::float_(static_cast<double>(bad.value))).c_str() + "; allowed: [0, 1]";
     }
     nb::list logits;
     for (const float logit : bad.logits_A) logits.append(static_cast<double>(logit));

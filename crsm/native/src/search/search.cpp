@@ -1,7 +1,10 @@
 #include "search/search.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
+#include <memory>
+#include <new>
 #include <utility>
 
 #include "arrays.hpp"
@@ -11,8 +14,14 @@
 namespace crsm::search {
 namespace {
 
-// Trees of one task at least: a tree's step takes about a third of a microsecond, waking a thread several.
-constexpr int64_t kTreesPerTask = 32;
+// A step of all trees is shared out if it takes this long, in nanoseconds: handing work to a thread that has gone to
+// sleep costs tens of microseconds, once per step.
+constexpr int64_t kNanosecondsPerTask = 40'000;
+
+// About what one step of one tree takes, in nanoseconds.
+int64_t step_cost(const RuleSettings& rules, int64_t actions, int64_t leaves) {
+    return (rules.policy == Policy::gumbel ? 250 + 25 * actions : 150 + 12 * actions) * leaves;
+}
 
 // What the search knows of a tree beside its arrays.
 struct Progress {
@@ -20,7 +29,6 @@ struct Progress {
     int64_t budget = 0;
     int64_t first_slot = 1;
     int64_t begun = 0;
-    int64_t finished = 0;
     int64_t in_flight = 0;
     Flight* flights = nullptr;              // [leaves]
     const int32_t* considered = nullptr;    // [budget], Sequential Halving.
@@ -77,11 +85,14 @@ public:
         }
         if (settings.leaves > 1) {
             const int64_t edges = sizes.slots * sizes.actions;
-            pending_.assign(size_t(sizes.trees * edges), 0);
-            for (int64_t b = 0; b < sizes.trees; ++b) trees_[size_t(b)].pending_SA = pending_.data() + b * edges;
+            // calloc leaves pages that no search comes to untouched.
+            pending_.reset(static_cast<int32_t*>(std::calloc(size_t(sizes.trees * edges), sizeof(int32_t))));
+            if (pending_ == nullptr) throw std::bad_alloc();
+            for (int64_t b = 0; b < sizes.trees; ++b) trees_[size_t(b)].pending_SA = pending_.get() + b * edges;
         }
         const int64_t threads = settings.threads > 0 ? settings.threads : num_threads();
-        const int64_t tasks = std::clamp<int64_t>(sizes.trees / kTreesPerTask, 1, threads > 1 ? 2 * threads : 1);
+        const int64_t cost = sizes.trees * step_cost(settings.rules, sizes.actions, settings.leaves);
+        const int64_t tasks = std::clamp<int64_t>(cost / kNanosecondsPerTask, 1, std::min(threads, sizes.trees));
         tasks_.resize(size_t(tasks));
         for (int64_t i = 0; i < tasks; ++i) {
             Task& task = tasks_[size_t(i)];
@@ -113,14 +124,6 @@ public:
             for (const Task& task : tasks_) refuse_values(task.bad_values);
             for (const Task& task : tasks_) refuse_logits(task.bad_logits);
         }
-        each_task([this](Task& task) {
-            for (int64_t b = task.begin; b < task.end; ++b) {
-                const Progress& tree = trees_[size_t(b)];
-                for (int64_t slot = tree.first_slot + tree.finished; slot < sizes_.slots; ++slot) {
-                    clear_slot(tree.tree, slot);
-                }
-            }
-        });
     }
 
 private:
@@ -139,6 +142,9 @@ private:
     // Roots, and what Sequential Halving needs of them.
     void begin() {
         if (settings_.first_slot_B == nullptr) {
+            each_task([this](Task& task) {
+                for (int64_t b = task.begin; b < task.end; ++b) clear(trees_[size_t(b)].tree);
+            });
             evaluator_.reserve(sizes_.slots);
             evaluator_.root(rows_out());
             for (int64_t b = 0; b < sizes_.trees; ++b) {
@@ -188,7 +194,6 @@ private:
     void land(Task& task, Progress& tree, int64_t b) {
         for (int64_t i = 0; i < tree.in_flight; ++i) {
             const Flight& flight = tree.flights[i];
-            const int64_t slot = tree.first_slot + tree.finished++;
             if (tree.pending_SA != nullptr) count_pending(tree, flight, -1);
             if (flight.expands) {
                 const int64_t index = task.first_row + flight.row;
@@ -200,8 +205,6 @@ private:
                 if (!good_values || !good_logits) continue;
                 const int64_t edge = flight.parent * sizes_.actions + flight.action;
                 enter_leaf(tree.tree, flight, ends_text(tree.tree.children_tokens_SA[edge]), said, settings_.judge);
-            } else {
-                clear_slot(tree.tree, slot);
             }
             back_up(tree.tree, flight.node, settings_.judge);
         }
@@ -351,7 +354,8 @@ private:
     Buffer<Flight> flights_;
     Buffer<int64_t> actions_;
     Buffer<float> logits_, values_;
-    std::vector<int32_t> pending_, visits_before_;
+    std::unique_ptr<int32_t, decltype(&std::free)> pending_{nullptr, std::free};
+    std::vector<int32_t> visits_before_;
     std::map<std::pair<int64_t, int64_t>, std::vector<int32_t>> races_;
     std::vector<Task> tasks_;
     std::vector<Leaf> leaves_;

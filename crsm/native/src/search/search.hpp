@@ -39,7 +39,7 @@ struct BadEvaluation : std::exception {
     const char* what() const noexcept override { return "evaluator: not an evaluation"; }
 };
 
-// Fills the block of memory (tree_bytes(sizes), root_gumbel_BA already there). Throws BadEvaluation, and whatever the
+// Fills the block of memory: tree_bytes(sizes) of zeros but for root_gumbel_BA, or trees to go on with. Throws BadEvaluation, and whatever the
 // evaluator or the stop rule throws.
 void search(Evaluator& evaluator, const SearchSettings& settings, uint8_t* block, const TreeSizes& sizes,
             StopRule& stop);

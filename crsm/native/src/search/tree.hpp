@@ -81,13 +81,13 @@ struct Flight {
     int64_t row;
 };
 
-// Makes a slot empty.
-void clear_slot(const TreeView& tree, int64_t slot);
+// Makes all slots empty, in memory that is zero.
+void clear(const TreeView& tree);
 
 // Fills in the root; root_actions_A and root_gumbel_A must be there.
 void enter_root(const TreeView& tree, const EvaluationRow& row, const Consensus& judge);
 
-// Fills in the slot of a new leaf, as yet without a visit.
+// Fills in the empty slot of a new leaf, as yet without a visit.
 void enter_leaf(const TreeView& tree, const Flight& flight, bool terminal, const EvaluationRow& row,
                 const Consensus& judge);
 
