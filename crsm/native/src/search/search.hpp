@@ -25,8 +25,11 @@ struct SearchSettings {
     // own value is there, so that the next one goes elsewhere.
     int64_t leaves;
     int32_t virtual_loss;
-    // Null for a new tree. Else the block holds trees whose first free slots these are, and the evaluator their latents.
+    // Null for a new tree. Else the block holds trees whose first free slots these are, and the evaluator has the latents
+    // where they were before: `new_from_old_BS` says where they go.
     const int64_t* first_slot_B;
+    const int64_t* new_from_old_BS;
+    int64_t old_slots;
     int threads;
 };
 

@@ -84,6 +84,10 @@ struct Flight {
 // Makes all slots empty, in memory that is zero.
 void clear(const TreeView& tree);
 
+// Refuses a tree that did not come from a search, where it could lead astray: a slot or an action out of range, a child
+// that does not follow its parent, a node with more visits than the root. Throws std::invalid_argument.
+void check_links(const TreeView& tree, int64_t filled_slots, int64_t index);
+
 // Fills in the root; root_actions_A and root_gumbel_A must be there.
 void enter_root(const TreeView& tree, const EvaluationRow& row, const Consensus& judge);
 
