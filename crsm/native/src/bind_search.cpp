@@ -179,7 +179,7 @@ void run_search(Evaluator& evaluator, AnyArray block, int64_t slots, bool gumbel
             nb::gil_scoped_acquire gil;
             return nb::cast<bool>(ask());
         };
-        stop.interval = duration_cast<StopRule::Clock::duration>(std::chrono::duration<double, std::micro>(ask_interval));
+        stop.interval = std::chrono::microseconds(static_cast<int64_t>(ask_interval));
     } else if (interruptible) {
         stop.ask = []() -> bool {
             nb::gil_scoped_acquire gil;

@@ -252,8 +252,8 @@ private:
         }
     }
 
-    // From the root to an unvisited action, a terminal node or the depth cap. `flight.node` comes in as the slot of a new
-    // leaf. False: the leaf is in flight already.
+    // From the root to an unvisited action, a terminal node or the depth cap. `flight.node` comes in as the slot of a
+    // new leaf. False: the leaf is in flight already.
     template <bool kPending>
     bool descend(Task& task, const Progress& progress, Flight& flight) {
         const TreeView& tree = progress.tree;

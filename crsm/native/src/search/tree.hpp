@@ -1,5 +1,5 @@
-// The search tree: the arrays of crsm/search/tree.py in one block of memory, field by field, each tree's part of a field
-// contiguous, so that NumPy sees them without a copy. The meaning of the fields is written there.
+// The search tree: the arrays of crsm/search/tree.py in one block of memory, field by field, each tree's part of a
+// field contiguous, so that NumPy sees them without a copy. The meaning of the fields is written there.
 //
 // B trees, S node slots, A children per node, L layers.
 #pragma once
