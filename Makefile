@@ -74,7 +74,7 @@ native-asan: setup ## the tests of the native core under AddressSanitizer and Un
 native-tsan: setup ## the threads of the native core under ThreadSanitizer
 	@mkdir -p build
 	$(call SANITIZED,tsan,thread)
-	LD_PRELOAD="$(call CXX_RUNTIME,libtsan.so)" TSAN_OPTIONS="halt_on_error=1 suppressions=tests/native/tsan.supp" \
+	LD_PRELOAD="$(call CXX_RUNTIME,libtsan.so)" TSAN_OPTIONS=halt_on_error=1 \
 		OMP_NUM_THREADS=2 PYTHONPATH=build/tsan $(ALONE) -p no:cacheprovider tests/native/test_search*.py \
 		tests/native/test_threads.py
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
@@ -114,6 +115,23 @@ def test_cancelled_from_another_thread_a_search_ends(leaves: int) -> None:
     thread.join()
     assert 0 < tree.num_simulations_B.max() < ENDLESS
     np.testing.assert_array_equal(tree.node_visits_BS[:, 0], tree.num_simulations_B + 1)
+
+
+def test_a_signal_ends_a_search_in_the_main_thread() -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    handler = signal.signal(signal.SIGVTALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.01)
+        with pytest.raises(Interrupted):
+            run(*endless())
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, handler)
 
 
 def test_cancelled_while_the_evaluator_works_the_simulation_is_dropped() -> None:

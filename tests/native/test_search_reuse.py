@@ -154,3 +154,25 @@ def test_trees_of_another_search_are_refused() -> None:
         run(tables.native(), SearchConfig(), reuse=reuse, uncertainty_penalty=0.9)
     with pytest.raises(ValueError, match=r"reuse: a tree was given; allowed without the native core: None"):
         run(tables.native(), SearchConfig(), "python", reuse=reuse)
+
+
+@pytest.mark.parametrize(
+    ("name", "slot", "value", "message"),
+    [
+        ("children_index_BSA", 0, 999, "reuse: tree 1, slot 0: child = 999; allowed"),
+        ("children_index_BSA", 2, 1, "reuse: tree 1, slot 2: child = 1; allowed"),
+        ("parents_BS", 2, 7, "reuse: tree 1, slot 2: parent = 7; allowed"),
+        ("action_from_parent_BS", 1, -4, "reuse: tree 1, slot 1: action = -4; allowed"),
+        ("node_visits_BS", 1, 10**6, "reuse: tree 1, slot 1: visits = 1000000; allowed"),
+        ("node_visits_BS", 1, 0, "reuse: tree 1, slot 1: visits = 0; allowed"),
+    ],
+)
+@pytest.mark.parametrize("policy", ["puct", "gumbel"])
+def test_trees_that_no_search_has_left_are_refused(name: str, slot: int, value: int, message: str, policy: str) -> None:
+    tables = RandomTables(2, 2, 4, 2, holes=False, coarse=False)
+    evaluator, config = tables.native(), SearchConfig(policy=policy, simulations=60)
+    tree = run(evaluator, config)
+    reuse = reroot(tree, tree.children_visits_BSA[:, 0].argmax(axis=1))
+    getattr(reuse.tree, name)[1, slot] = value
+    with pytest.raises(ValueError, match=message):
+        run(evaluator, config, reuse=reuse)

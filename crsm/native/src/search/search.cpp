@@ -72,18 +72,18 @@ bool logits_valid(const float* logits, int64_t actions) {
 class Run {
 public:
     Run(Evaluator& evaluator, const SearchSettings& settings, uint8_t* block, const TreeSizes& sizes, StopRule& stop)
-        : evaluator_(evaluator), settings_(settings), sizes_(sizes), stop_(stop), trees_(size_t(sizes.trees)),
-          flights_(sizes.trees * settings.leaves), actions_(rows() * sizes.actions), logits_(rows() * sizes.actions),
-          values_(rows() * sizes.layers) {
+        : evaluator_(evaluator), settings_(bounded(settings, sizes)), sizes_(sizes), stop_(stop),
+          trees_(size_t(sizes.trees)), flights_(rows()), actions_(rows() * sizes.actions),
+          logits_(rows() * sizes.actions), values_(rows() * sizes.layers) {
         std::sort(settings_.terminal_tokens.begin(), settings_.terminal_tokens.end());
         for (int64_t b = 0; b < sizes.trees; ++b) {
             Progress& tree = trees_[size_t(b)];
             tree.tree = view_tree(block, sizes, b);
             tree.budget = settings.budget_B[b];
-            tree.flights = flights_.data() + b * settings.leaves;
+            tree.flights = flights_.data() + b * settings_.leaves;
             if (settings.first_slot_B != nullptr) tree.first_slot = settings.first_slot_B[b];
         }
-        if (settings.leaves > 1) {
+        if (settings_.leaves > 1) {
             const int64_t edges = sizes.slots * sizes.actions;
             // calloc leaves pages that no search comes to untouched.
             pending_.reset(static_cast<int32_t*>(std::calloc(size_t(sizes.trees * edges), sizeof(int32_t))));
@@ -91,13 +91,13 @@ public:
             for (int64_t b = 0; b < sizes.trees; ++b) trees_[size_t(b)].pending_SA = pending_.get() + b * edges;
         }
         const int64_t threads = settings.threads > 0 ? settings.threads : num_threads();
-        const int64_t cost = sizes.trees * step_cost(settings.rules, sizes.actions, settings.leaves);
+        const int64_t cost = sizes.trees * step_cost(settings.rules, sizes.actions, settings_.leaves);
         const int64_t tasks = std::clamp<int64_t>(cost / kNanosecondsPerTask, 1, std::min(threads, sizes.trees));
         tasks_.resize(size_t(tasks));
         for (int64_t i = 0; i < tasks; ++i) {
             Task& task = tasks_[size_t(i)];
             task.begin = i * sizes.trees / tasks, task.end = (i + 1) * sizes.trees / tasks;
-            task.leaves.reserve(size_t((task.end - task.begin) * settings.leaves));
+            task.leaves.reserve(size_t((task.end - task.begin) * settings_.leaves));
             task.scores_2A.resize(size_t(2 * sizes.actions));
             task.values_A.resize(size_t(sizes.actions));
             task.visits_A.resize(size_t(sizes.actions));
@@ -108,7 +108,7 @@ public:
 
     void run() {
         begin();
-        bool go_on = *std::max_element(settings_.budget_B, settings_.budget_B + sizes_.trees) > 0 && !stop_();
+        bool go_on = most_simulations(settings_, sizes_) > 0 && !stop_();
         step(go_on);
         while (go_on && !stop_.cancelled()) {
             const int64_t leaves = gather();
@@ -127,6 +127,16 @@ public:
     }
 
 private:
+    static int64_t most_simulations(const SearchSettings& settings, const TreeSizes& sizes) {
+        return *std::max_element(settings.budget_B, settings.budget_B + sizes.trees);
+    }
+
+    // No room for more leaves than there are simulations.
+    static SearchSettings bounded(SearchSettings settings, const TreeSizes& sizes) {
+        settings.leaves = std::clamp<int64_t>(most_simulations(settings, sizes), 1, settings.leaves);
+        return settings;
+    }
+
     int64_t rows() const { return sizes_.trees * settings_.leaves; }
     EvaluationRows rows_out() { return {actions_.data(), logits_.data(), values_.data()}; }
     EvaluationRow row(int64_t index) const {
@@ -139,7 +149,7 @@ private:
         parallel_for(int64_t(tasks_.size()), settings_.threads, [&](int64_t i) { body(tasks_[size_t(i)]); });
     }
 
-    // Roots, and what Sequential Halving needs of them.
+    // Roots, new or used again.
     void begin() {
         if (settings_.first_slot_B == nullptr) {
             each_task([this](Task& task) {
@@ -158,7 +168,13 @@ private:
                 keep_prior_mass(row(b).prior_logits_A, sizes_.actions, settings_.root_prior_mass, tree.root_actions_A);
                 enter_root(tree, row(b), settings_.judge);
             }
-        } else if (settings_.rules.policy == Policy::gumbel) {
+            return set_races();
+        }
+        for (int64_t b = 0; b < sizes_.trees; ++b) {
+            check_links(trees_[size_t(b)].tree, trees_[size_t(b)].first_slot, b);
+        }
+        evaluator_.remap(settings_.new_from_old_BS, settings_.old_slots, sizes_.slots);
+        if (settings_.rules.policy == Policy::gumbel) {
             visits_before_.resize(size_t(sizes_.trees * sizes_.actions));
             for (int64_t b = 0; b < sizes_.trees; ++b) {
                 int32_t* before = visits_before_.data() + b * sizes_.actions;
@@ -166,6 +182,10 @@ private:
                 trees_[size_t(b)].visits_before_A = before;
             }
         }
+        set_races();
+    }
+
+    void set_races() {
         if (settings_.rules.policy != Policy::gumbel) return;
         for (Progress& tree : trees_) {
             const int64_t kept = std::count(tree.tree.root_actions_A, tree.tree.root_actions_A + sizes_.actions, true);
@@ -232,8 +252,8 @@ private:
         }
     }
 
-    // From the root to an unvisited action, a terminal node or the depth cap. `flight.node` comes in as the slot of a new
-    // leaf. False: the leaf is in flight already.
+    // From the root to an unvisited action, a terminal node or the depth cap. `flight.node` comes in as the slot of a
+    // new leaf. False: the leaf is in flight already.
     template <bool kPending>
     bool descend(Task& task, const Progress& progress, Flight& flight) {
         const TreeView& tree = progress.tree;

@@ -1,7 +1,9 @@
 #include "search/tree.hpp"
 
 #include <algorithm>
-#include <cstring>
+#include <cmath>
+#include <stdexcept>
+#include <string>
 
 #include "search/numerics.hpp"
 
@@ -106,6 +108,28 @@ void clear(const TreeView& t) {
     std::fill_n(t.action_from_parent_S, t.slots, kNoParent);
     std::fill_n(t.children_index_SA, t.slots * t.actions, kUnvisited);
     std::fill_n(t.children_tokens_SA, t.slots * t.actions, kNoToken);
+}
+
+void check_links(const TreeView& t, int64_t filled_slots, int64_t index) {
+    const auto refuse = [&](int64_t slot, const char* what, int64_t value) {
+        throw std::invalid_argument("reuse: tree " + std::to_string(index) + ", slot " + std::to_string(slot) + ": " +
+                                    what + " = " + std::to_string(value) + "; allowed: what a search has left");
+    };
+    for (int64_t slot = 0; slot < t.slots; ++slot) {
+        const int64_t parent = t.parents_S[slot], action = t.action_from_parent_S[slot];
+        const bool root = slot == kRoot, filled = t.node_visits_S[slot] != 0;
+        if (filled && (t.node_visits_S[slot] < 0 || t.node_visits_S[slot] > t.node_visits_S[kRoot])) {
+            refuse(slot, "visits", t.node_visits_S[slot]);
+        }
+        if ((root || filled) != (slot < filled_slots)) refuse(slot, "visits", t.node_visits_S[slot]);
+        if (filled && !root && (parent < 0 || parent >= slot)) refuse(slot, "parent", parent);
+        if (filled && !root && (action < 0 || action >= t.actions)) refuse(slot, "action", action);
+        for (int64_t a = 0; a < t.actions; ++a) {
+            const int64_t child = t.children_index_SA[slot * t.actions + a];
+            if (child == kUnvisited) continue;
+            if (!filled || child <= slot || child >= filled_slots) refuse(slot, "child", child);
+        }
+    }
 }
 
 namespace {
