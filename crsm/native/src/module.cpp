@@ -22,9 +22,9 @@ NB_MODULE(_crsm_native, m) {
     crsm::bind_decode(m);
     crsm::bind_injection(m);
     crsm::bind_linear(m);
+    crsm::bind_search(m);  // has the base class of what bind_latent binds
     crsm::bind_latent(m);
     crsm::bind_memory_read(m);
     crsm::bind_mixer(m);
     crsm::bind_scan(m);
-    crsm::bind_search(m);
 }
