@@ -223,6 +223,7 @@ def test_results_stay_when_later_steps_are_made() -> None:
         outputs.append(decoder.step(token_B, state))
         state = outputs[-1].state
         copies.append(copy.deepcopy(outputs[-1]))
+        assert type(copies[-1].state) is ModelState
         del outputs[:-5], copies[:-5]
         for one, other in zip(outputs, copies, strict=True):
             assert_same(one, other)
@@ -234,8 +235,12 @@ def test_a_state_with_gaps_or_shared_by_layers_is_read_and_never_written() -> No
     model = random_model(**SMALL)
     decoder, token_B = NativeDecoder(model), random_tokens(model, 2)
     first = model.backbone.initial_state(2)  # one pair of tensors for all layers
-    prefilled = random_state(model, 2)
-    assert not prefilled.layers[0].conv_BCK.is_contiguous()
+    gaps = [
+        LayerState(conv_BCK.transpose(1, 2).contiguous().transpose(1, 2), ssm_BHPN.repeat(1, 1, 1, 2)[..., ::2])
+        for conv_BCK, ssm_BHPN in random_state(model, 2).layers
+    ]
+    prefilled = ModelState(tuple(gaps))
+    assert not any(tensor.is_contiguous() for layer in prefilled.layers for tensor in layer)
     for state in (first, prefilled):
         before = owned(state)
         found = decoder.step(token_B, state, donate=True)
@@ -304,7 +309,7 @@ def test_bad_input_is_refused_by_name_and_changes_nothing() -> None:
         (torch.tensor([], dtype=torch.int64), state, r"token_B has shape \(0,\)"),
         (token_B.int(), state, "token_B has dtype torch.int32; allowed: torch.int64"),
         (token_B.to("meta"), state, "token_B is on device meta; allowed: cpu"),
-        (torch.tensor([0, 1, 2]), state, r"conv_BCK has shape \(2, 160, 3\); allowed: \(3, 160, 3\)"),
+        (torch.tensor([0, 1, 2]), state, "state has 2 sequences; allowed: 3, as token_B has"),
         (token_B, ModelState(state.layers[:2]), "state has 2 layers; allowed: 3"),
         (token_B, narrow, r"ssm_BHPN has shape \(2, 8, 16, 15\); allowed: \(2, 8, 16, 16\)"),
         (token_B, double, "ssm_BHPN has dtype torch.float64; allowed: torch.float32"),
@@ -357,17 +362,22 @@ def test_the_core_itself_refuses_memory_that_is_written_twice_or_has_gaps() -> N
     rest: dict[str, Any] = {"norm_eps": 1e-5, "weights": "fp32", "head": False}
     core = native.require().Decoder(n_layer=2, **sizes, **rest)
     token, hidden, decay = torch.tensor([1]).numpy(), torch.zeros(1, 2, 4).numpy(), torch.zeros(2, 1, 4).numpy()
-    conv, ssm = core.new_state(1)
+    conv, ssm, memory = core.new_state(1)
     with pytest.raises(ValueError, match=r"weights are not loaded"):
-        core.step(token, [*conv], [*ssm], [*conv], [*ssm], hidden, decay, None)
-    for new in ([ssm[0], ssm[0]], [ssm[1], ssm[0]]):
-        with pytest.raises(ValueError, match=r"ssm_BHPN of layers . and . share memory"):
-            core.step(token, [*conv], [*ssm], [*conv], new, hidden, decay, None)
-    with pytest.raises(ValueError, match=r"the state has 1 conv_BCK; allowed: one a layer, 2"):
-        core.step(token, [conv[0]], [*ssm], [*conv], [*ssm], hidden, decay, None)
+        core.step(token, memory, memory, hidden, decay, None)
+    aliased = core.state_of([*conv], [ssm[0], ssm[0]])
+    crossed = core.state_of([*conv], [ssm[1], ssm[0]])
+    assert memory.apart and crossed.apart and not aliased.apart
+    for start, new in ((memory, aliased), (aliased, memory), (memory, crossed), (aliased, aliased)):
+        with pytest.raises(ValueError, match=r"tensors of the new state share memory"):
+            core.step(token, start, new, hidden, decay, None)
+    with pytest.raises(ValueError, match=r"the state has 1 conv_BCK and 2 ssm_BHPN; allowed: one of each a layer, 2"):
+        core.state_of([conv[0]], [*ssm])
+    with pytest.raises(ValueError, match=r"the state is of batch 2 and 2 layers; allowed: of this model, batch 1"):
+        core.step(token, core.new_state(2)[2], memory, hidden, decay, None)
     gaps = torch.zeros(1, 4, 2, 2).transpose(2, 3).numpy()
     with pytest.raises(ValueError, match=r"ssm_BHPN: not contiguous"):
-        core.step(token, [*conv], [gaps, ssm[1]], [*conv], [*ssm], hidden, decay, None)
+        core.state_of([*conv], [gaps, ssm[1]])
     with pytest.raises(ValueError, match=r"head = False"):
         core.logits(hidden, torch.zeros(1, 5).numpy())
     with pytest.raises(ValueError, match=r"n_layer = 0; allowed: 1 to"):
