@@ -4,7 +4,7 @@ Tensors that the C++ does not take (another device, bfloat16, mixed types) are p
 that a model may be moved or converted at any time. Results do not depend on the number of threads, which is that of
 PyTorch (``torch.set_num_threads``), nor on the other rows of a batch.
 
-Gradients are of first order: differentiating them again raises an error. Each autograd function has the arguments of
+Gradients are of first order; they cannot be differentiated again. Each autograd function has the arguments of
 the function that it serves; what it saves and how gradients are summed is said there.
 """
 
