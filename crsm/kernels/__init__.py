@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from crsm.kernels import reference
+from crsm.kernels import cuda, reference
 
 
 class Kernels(Protocol):
@@ -44,17 +44,24 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-KERNELS: dict[str, Kernels] = {reference.NAME: reference}
+KERNELS: dict[str, Kernels] = {reference.NAME: reference, cuda.NAME: cuda}
+
+
+def cpu_kernels() -> Kernels:
+    """The best kernels for tensors on the CPU."""
+    return reference
 
 
 def select_kernels(name: str | None = None) -> Kernels:
     """The kernels to use; None: the best that this machine has.
 
+    Those for a GPU also take tensors on the CPU, and hand them to :func:`cpu_kernels`.
+
     Raises:
         ValueError: no kernels of that name.
     """
     if name is None:
-        return reference
+        return cuda if cuda.available() else cpu_kernels()
     if name not in KERNELS:
         raise ValueError(f"kernels = {name!r}; allowed: {', '.join(KERNELS)}")
     return KERNELS[name]

@@ -81,7 +81,7 @@ class DecodeRows:
             candidates["peer"] = lambda: self.llama.decode(shape.name, dtype, tokens)
         except PeerError as error:
             note = f"{note}; without llama.cpp: {error}" if note else f"without llama.cpp: {error}"
-        return self._row(f"decode {shape.name}, {dtype}, 1 stream", candidates, tokens, "llama_cpp", shape, dtype, note)
+        return self._row(f"decode {shape.name}, {dtype}, 1 stream", candidates, tokens, "llama.cpp", shape, dtype, note)
 
     def _decode(self, stream: Stream, shape: Shape, tokens: int, batch: int = 1) -> Candidate:
         token_B, state = stream.prefill(random_prompt(shape, self.seed, batch, PROMPT))
@@ -104,9 +104,9 @@ class DecodeRows:
             notes["transformers"] = f"without transformers: {error}"
         try:
             self.llama.check(shape.name, "fp32")
-            candidates["llama_cpp"] = lambda: self.llama.prefill(shape.name, "fp32", length)
+            candidates["llama.cpp"] = lambda: self.llama.prefill(shape.name, "fp32", length)
         except PeerError as error:
-            notes["llama_cpp"] = f"without llama.cpp: {error}"
+            notes["llama.cpp"] = f"without llama.cpp: {error}"
         seconds = interleave(candidates, self.sizes.repeats)
         return [
             make_row(
@@ -121,7 +121,7 @@ class DecodeRows:
                 note=notes.get(name),
                 decoder=ours.name,
             )
-            for name in ("transformers", "llama_cpp")
+            for name in ("transformers", "llama.cpp")
         ]
 
     # --------------------------------------------------------------------------------------------------------- batch
