@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crsm.config import BackboneConfig
-from crsm.kernels import Kernels, select_kernels
+from crsm.kernels import Kernels, reference, restore_kernels, select_kernels
 from crsm.types import LayerState, ModelState
 
 
@@ -30,21 +30,20 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(_at_least_fp32(x), self.weight.shape, _at_least_fp32(self.weight), self.eps).to(x.dtype)
+    def forward(self, x: Tensor, kernels: Kernels = reference) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
 
 
-class GatedRMSNorm(RMSNorm):
-    """RMSNorm of ``x · silu(z)``: the norm before Mamba-2's output projection."""
+class GatedRMSNorm(nn.Module):
+    """RMSNorm of ``y · silu(z)``: the norm before Mamba-2's output projection."""
 
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        if z is None:
-            raise ValueError("z = None; allowed: the gate, of the shape of x")
-        return super().forward(x * F.silu(z))
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        return reference.gated_rms_norm(y, z, self.weight, self.eps)
 
 
 def _count_changes(segment_BT: Tensor) -> Tensor:
@@ -77,48 +76,40 @@ class Mixer(nn.Module):
         return self.__dict__ | {"kernels": self.kernels.NAME}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | {"kernels": select_kernels(state["kernels"])})
+        super().__setstate__(state | {"kernels": restore_kernels(state["kernels"])})
 
     def forward(self, x_BTD: Tensor, state: LayerState, segment_BT: Tensor | None) -> tuple[Tensor, LayerState]:
-        z_BTE, xBC_BTC, dt_BTH = self._project(x_BTD)
-        xBC_BTC, conv_BCK = self.kernels.causal_conv(
-            xBC_BTC, self.conv1d.weight.squeeze(1), self._conv_bias, state.conv_BCK, segment_BT
+        y_BTE, conv_BCK, ssm_BHPN = self.kernels.mixer(
+            self.kernels.linear(x_BTD, self.in_proj.weight),
+            self.conv1d.weight.squeeze(1),
+            self._conv_bias,
+            self.dt_bias,
+            self._A,
+            self.D,
+            self.norm.weight,
+            self.norm.eps,
+            state.conv_BCK,
+            state.ssm_BHPN,
+            self.config.chunk_size,
+            segment_BT,
         )
-        x_BTHP, B_BTN, C_BTN = self._split(F.silu(xBC_BTC))
-        y_BTHP, ssm_BHPN = self.kernels.chunk_scan(
-            x_BTHP, self._step_size(dt_BTH), self._A, B_BTN, C_BTN, state.ssm_BHPN, self.config.chunk_size, segment_BT
-        )
-        y_BTE = (y_BTHP + self.D[:, None] * x_BTHP).flatten(2).to(x_BTD.dtype)
-        return self.out_proj(self.norm(y_BTE, z_BTE)), LayerState(conv_BCK, ssm_BHPN)
+        return self.kernels.linear(y_BTE, self.out_proj.weight), LayerState(conv_BCK, ssm_BHPN)
 
     def step(self, x_BD: Tensor, state: LayerState) -> tuple[Tensor, LayerState, Tensor]:
-        z_BE, xBC_BC, dt_BH = self._project(x_BD)
+        z_BE, xBC_BC, dt_BH = reference.split_projection(self.in_proj(x_BD), state.ssm_BHPN)
         xBC_BC, conv_BCK = self.kernels.causal_conv_step(
             xBC_BC, self.conv1d.weight.squeeze(1), self._conv_bias, state.conv_BCK
         )
-        x_BHP, B_BN, C_BN = self._split(F.silu(xBC_BC))
-        y_BHP, ssm_BHPN, decay_BH = self.kernels.state_step(
-            x_BHP, self._step_size(dt_BH), self._A, B_BN, C_BN, state.ssm_BHPN
-        )
+        x_BE, B_BN, C_BN = reference.split_mixed(reference.at_least_fp32(F.silu(xBC_BC)), state.ssm_BHPN)
+        x_BHP = x_BE.unflatten(-1, (self.config.n_heads, self.config.headdim))
+        dt_BH = F.softplus(reference.at_least_fp32(dt_BH) + reference.at_least_fp32(self.dt_bias))
+        y_BHP, ssm_BHPN, decay_BH = self.kernels.state_step(x_BHP, dt_BH, self._A, B_BN, C_BN, state.ssm_BHPN)
         y_BE = (y_BHP + self.D[:, None] * x_BHP).flatten(1).to(x_BD.dtype)
         return self.out_proj(self.norm(y_BE, z_BE)), LayerState(conv_BCK, ssm_BHPN), decay_BH
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        z, xBC, dt = self.in_proj(x).split([config.d_inner, config.conv_channels, config.n_heads], dim=-1)
-        return z, xBC, dt
-
-    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        x, B, C = _at_least_fp32(xBC).split([config.d_inner, config.d_state, config.d_state], dim=-1)
-        return x.unflatten(-1, (config.n_heads, config.headdim)), B, C
-
-    def _step_size(self, dt: Tensor) -> Tensor:
-        return F.softplus(_at_least_fp32(dt) + _at_least_fp32(self.dt_bias))
-
     @property
     def _A(self) -> Tensor:
-        return -_at_least_fp32(self.A_log).exp()
+        return -reference.at_least_fp32(self.A_log).exp()
 
     @property
     def _conv_bias(self) -> Tensor:
@@ -135,7 +126,7 @@ class Layer(nn.Module):
         self.mixer = Mixer(config, kernels)
 
     def forward(self, x_BTD: Tensor, state: LayerState, segment_BT: Tensor | None) -> tuple[Tensor, LayerState]:
-        y_BTD, state = self.mixer(self.norm(x_BTD), state, segment_BT)
+        y_BTD, state = self.mixer(self.norm(x_BTD, self.mixer.kernels), state, segment_BT)
         return x_BTD + y_BTD, state
 
     def step(self, x_BD: Tensor, state: LayerState) -> tuple[Tensor, LayerState, Tensor]:
@@ -171,6 +162,11 @@ class Backbone(nn.Module):
     @property
     def _blocks(self) -> list[Layer]:
         return cast(list[Layer], list(self.layers))
+
+    @property
+    def kernels(self) -> Kernels:
+        """What the layers run on; for what is computed beside them."""
+        return self._blocks[0].mixer.kernels
 
     def initial_state(self, batch_size: int) -> ModelState:
         """The state before the first token: zeros."""

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -63,7 +62,8 @@ class CRSM(nn.Module):
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """The fused policy head: residual streams (…, L, D) to next-token logits (…, V)."""
-        return F.linear(self.backbone.norm_f(self.fusion(hidden_LD)), self.lm_head.weight)
+        kernels = self.backbone.kernels
+        return kernels.linear(self.backbone.norm_f(self.fusion(hidden_LD), kernels), self.lm_head.weight)
 
     def planning_model(self) -> WorldModel:
         """The world model that the settings name."""

@@ -6,14 +6,14 @@ call by call: tensors on the CPU to the best kernels for it, everything else to 
 =========================== ===========================================================================================
 convolution                 fp32, fp16, bf16; C a multiple of 8, K from 2 to 4, at least K tokens
 scan                        fp32, fp16, bf16; P and N multiples of 8 from 16 (tiles of a tensor core) to 256
-single steps                the same, and no gradients
+gated norm                  fp32, fp16, bf16; at most 64 KB a row
+single steps                as convolution and scan, and no gradients
 =========================== ===========================================================================================
 
 Both libraries take either documents (``seq_idx``) or a state to start from. With documents the state's share is added
 afterwards: convolution and recurrence are linear in it, and it reaches the first document only.
 
-Matrix products of fp32 inputs run in TF32 inside the scan. Under autocast the scan takes its inputs in autocast's type;
-the state stays fp32.
+Inside the scan, matrix products of fp32 inputs run in TF32. The SSM state stays fp32, whatever the inputs are.
 """
 
 from __future__ import annotations
@@ -26,9 +26,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crsm.kernels import reference
+from crsm.kernels.reference import linear, rms_norm
 
 if TYPE_CHECKING:
     from crsm.kernels import Kernels
+
+__all__ = [
+    "NAME",
+    "available",
+    "causal_conv",
+    "causal_conv_step",
+    "chunk_scan",
+    "gated_rms_norm",
+    "linear",
+    "missing",
+    "mixer",
+    "rms_norm",
+    "state_step",
+]
 
 NAME = "cuda"
 
@@ -45,6 +60,7 @@ def missing() -> str:
     try:
         _convolution()
         _recurrence()
+        _gated_norm()
     except Exception as error:  # compiled extensions fail to load in ways of their own
         return f"mamba-ssm and causal-conv1d (the extra `cuda`) cannot be imported: {type(error).__name__}: {error}"
     return ""
@@ -65,6 +81,61 @@ def _recurrence() -> tuple[Any, Any]:
     from mamba_ssm.ops.triton import selective_state_update, ssd_combined
 
     return ssd_combined.mamba_chunk_scan_combined, selective_state_update.selective_state_update
+
+
+def _gated_norm() -> Any:
+    from mamba_ssm.ops.triton import layernorm_gated
+
+    return layernorm_gated.rmsnorm_fn
+
+
+def mixer(
+    zxBCdt_BTI: Tensor,
+    conv_weight_CK: Tensor,
+    conv_bias_C: Tensor,
+    dt_bias_H: Tensor,
+    A_H: Tensor,
+    D_H: Tensor,
+    norm_weight_E: Tensor,
+    norm_eps: float,
+    conv_BCK: Tensor,
+    ssm_BHPN: Tensor,
+    chunk_size: int,
+    segment_BT: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`crsm.kernels.reference.mixer`, with step sizes and the D term inside the scan's kernels."""
+    if not _fits_recurrence(zxBCdt_BTI, ssm_BHPN):
+        return _elsewhere(zxBCdt_BTI).mixer(
+            *(zxBCdt_BTI, conv_weight_CK, conv_bias_C, dt_bias_H, A_H, D_H, norm_weight_E, norm_eps),
+            *(conv_BCK, ssm_BHPN, chunk_size, segment_BT),
+        )
+    z_BTE, xBC_BTC, dt_BTH = reference.split_projection(zxBCdt_BTI, ssm_BHPN)
+    xBC_BTC, conv_BCK = causal_conv(xBC_BTC, conv_weight_CK, conv_bias_C, conv_BCK, segment_BT)
+    x_BTE, B_BTN, C_BTN = reference.split_mixed(F.silu(xBC_BTC), ssm_BHPN)
+    x_BTHP = x_BTE.unflatten(-1, ssm_BHPN.shape[1:3])
+    if segment_BT is None:
+        y_BTHP, ssm_BHPN = _scan(
+            *(x_BTHP, dt_BTH, A_H, B_BTN, C_BTN, chunk_size),
+            D=D_H.to(torch.float32),
+            dt_bias=dt_bias_H.to(torch.float32),
+            dt_softplus=True,
+            initial_states=ssm_BHPN.contiguous(),
+        )
+    else:
+        dt_BTH = F.softplus(dt_BTH.to(torch.float32) + dt_bias_H)
+        y_BTHP, ssm_BHPN = chunk_scan(x_BTHP, dt_BTH, A_H, B_BTN, C_BTN, ssm_BHPN, chunk_size, segment_BT)
+        y_BTHP = y_BTHP + D_H[:, None] * x_BTHP
+    y_BTE = y_BTHP.flatten(2).to(zxBCdt_BTI.dtype)
+    return gated_rms_norm(y_BTE, z_BTE, norm_weight_E, norm_eps), conv_BCK, ssm_BHPN
+
+
+def gated_rms_norm(y: Tensor, z: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    """As :func:`crsm.kernels.reference.gated_rms_norm`."""
+    small = y.shape[-1] * y.element_size() <= 1 << 16
+    if not (_on_gpu(y) and y.dtype in _TYPES and z.dtype == y.dtype and small):
+        return _elsewhere(y).gated_rms_norm(y, z, weight_E, eps)
+    norm: Tensor = _gated_norm()(y, weight_E, None, z=z, eps=eps, norm_before_gate=False)
+    return norm
 
 
 def causal_conv(
@@ -118,20 +189,27 @@ def chunk_scan(
     """As :func:`crsm.kernels.reference.chunk_scan`; lengths of chunks that are not tuned for become 256."""
     if not _fits_recurrence(x_BTHP, state_BHPN):
         return _elsewhere(x_BTHP).chunk_scan(x_BTHP, dt_BTH, A_H, B_BTN, C_BTN, state_BHPN, chunk_size, segment_BT)
-    scan, _ = _recurrence()
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_BTHP.dtype
-    x_BTHP, B_BTN, C_BTN = x_BTHP.to(dtype), B_BTN.to(dtype), C_BTN.to(dtype)
-    chunk = chunk_size if chunk_size in _CHUNKS else _CHUNKS[-1]
-    arguments = (x_BTHP, dt_BTH, A_H, B_BTN[:, :, None], C_BTN[:, :, None], chunk)
     if segment_BT is None:
-        y_BTHP, last_BHPN = scan(*arguments, initial_states=state_BHPN.contiguous(), return_final_states=True)
-        return y_BTHP, last_BHPN
-    y_BTHP, last_BHPN = scan(*arguments, seq_idx=_documents(segment_BT), return_final_states=True)
+        return _scan(x_BTHP, dt_BTH, A_H, B_BTN, C_BTN, chunk_size, initial_states=state_BHPN.contiguous())
+    y_BTHP, last_BHPN = _scan(x_BTHP, dt_BTH, A_H, B_BTN, C_BTN, chunk_size, seq_idx=_documents(segment_BT))
     first_BT = segment_BT == segment_BT[:, :1]
     # What is left of the state that came in, at every token of the first document.
     left_BTH = (dt_BTH * A_H).cumsum(dim=1).exp() * first_BT[..., None]
     read_BTHP = torch.einsum("btn,bhpn->bthp", C_BTN, state_BHPN.to(C_BTN.dtype))
-    return y_BTHP + read_BTHP * left_BTH[..., None], last_BHPN + state_BHPN * left_BTH[:, -1, :, None, None]
+    y_BTHP = (y_BTHP + read_BTHP * left_BTH[..., None]).to(x_BTHP.dtype)
+    return y_BTHP, last_BHPN + state_BHPN * left_BTH[:, -1, :, None, None]
+
+
+def _scan(
+    x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTN: Tensor, C_BTN: Tensor, chunk_size: int, **options: Any
+) -> tuple[Tensor, Tensor]:
+    scan, _ = _recurrence()
+    chunk = chunk_size if chunk_size in _CHUNKS else _CHUNKS[-1]
+    # One group: B and C are shared by all heads.
+    y_BTHP, last_BHPN = scan(
+        x_BTHP, dt_BTH, A_H, B_BTN[:, :, None], C_BTN[:, :, None], chunk, return_final_states=True, **options
+    )
+    return y_BTHP, last_BHPN
 
 
 def state_step(

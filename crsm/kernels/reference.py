@@ -10,11 +10,93 @@ Q tokens of a chunk. All functions are pure: states come in and go out, nothing 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 NAME = "reference"
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """What the norms and the recurrence compute in."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """A dense layer without bias: (…, I) to (…, O)."""
+    return F.linear(x, weight_OI)
+
+
+def rms_norm(x: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight over the last axis, computed in fp32 (arXiv 1910.07467)."""
+    return F.rms_norm(at_least_fp32(x), weight_E.shape, at_least_fp32(weight_E), eps).to(x.dtype)
+
+
+def gated_rms_norm(y: Tensor, z: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    """:func:`rms_norm` of ``y · silu(z)``: the norm before Mamba-2's output projection."""
+    return rms_norm(y * F.silu(z), weight_E, eps)
+
+
+def split_projection(zxBCdt: Tensor, ssm_BHPN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The input projection's output as gate z (…, E), convolution inputs xBC (…, C) and raw step sizes dt (…, H)."""
+    _, heads, head_dim, d_state = ssm_BHPN.shape
+    z, xBC, dt = zxBCdt.split([heads * head_dim, heads * head_dim + 2 * d_state, heads], dim=-1)
+    return z, xBC, dt
+
+
+def split_mixed(xBC: Tensor, ssm_BHPN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution's output as x (…, E), B (…, N) and C (…, N)."""
+    _, heads, head_dim, d_state = ssm_BHPN.shape
+    x, B, C = xBC.split([heads * head_dim, d_state, d_state], dim=-1)
+    return x, B, C
+
+
+def mixer(
+    zxBCdt_BTI: Tensor,
+    conv_weight_CK: Tensor,
+    conv_bias_C: Tensor,
+    dt_bias_H: Tensor,
+    A_H: Tensor,
+    D_H: Tensor,
+    norm_weight_E: Tensor,
+    norm_eps: float,
+    conv_BCK: Tensor,
+    ssm_BHPN: Tensor,
+    chunk_size: int,
+    segment_BT: Tensor | None = None,
+    *,
+    conv: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    scan: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All of a Mamba-2 mixer that lies between its two projections.
+
+    ``norm(scan(silu(conv(xBC)), softplus(dt + dt_bias)) + D·x, z)``. As one function, so that a kernel can work on the
+    slices of one buffer; a module of kernels that has only the parts passes them as ``conv`` and ``scan``.
+
+    Args:
+        zxBCdt_BTI: output of the input projection, in the order z, x, B, C, dt; I = 2·E + 2·N + H, E = H·P.
+        conv_weight_CK, conv_bias_C: the short convolution; C = E + 2·N.
+        dt_bias_H: added to dt before the softplus.
+        A_H: decay rates, negative.
+        D_H: skip connection of every head.
+        norm_weight_E, norm_eps: the gated norm.
+        conv_BCK, ssm_BHPN: the state to start from.
+        chunk_size, segment_BT: see :func:`chunk_scan`.
+        conv, scan: in place of :func:`causal_conv` and :func:`chunk_scan`.
+
+    Returns:
+        The input of the output projection (B, T, E), and the new state: window (B, C, K-1) and (B, H, P, N).
+    """
+    z_BTE, xBC_BTC, dt_BTH = split_projection(zxBCdt_BTI, ssm_BHPN)
+    xBC_BTC, conv_BCK = (conv or causal_conv)(xBC_BTC, conv_weight_CK, conv_bias_C, conv_BCK, segment_BT)
+    x_BTE, B_BTN, C_BTN = split_mixed(at_least_fp32(F.silu(xBC_BTC)), ssm_BHPN)
+    x_BTHP = x_BTE.unflatten(-1, ssm_BHPN.shape[1:3])
+    dt_BTH = F.softplus(at_least_fp32(dt_BTH) + at_least_fp32(dt_bias_H))
+    y_BTHP, ssm_BHPN = (scan or chunk_scan)(x_BTHP, dt_BTH, A_H, B_BTN, C_BTN, ssm_BHPN, chunk_size, segment_BT)
+    y_BTE = (y_BTHP + D_H[:, None] * x_BTHP).flatten(2).to(zxBCdt_BTI.dtype)
+    return gated_rms_norm(y_BTE, z_BTE, norm_weight_E, norm_eps), conv_BCK, ssm_BHPN
 
 
 def causal_conv(

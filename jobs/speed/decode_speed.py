@@ -22,7 +22,8 @@ from jobs.speed.timing import Candidate, interleave, median, rates, synchronized
 if TYPE_CHECKING:
     from jobs.command import Progress
 
-BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 4 / 64}
+"""Of a weight; int8 with the scale of every 64 of them."""
 PROMPT = 8
 """Tokens before the ones that are timed."""
 
@@ -99,6 +100,8 @@ class DecodeRows:
         notes: dict[str, str] = {}
         try:
             peer = transformers.Decoder(transformers.build(shape, self.seed))
+            chunk, _ = transformers.use_fastest_chunk(peer.model, lambda: peer.prefill(tokens_BT))
+            notes["transformers"] = f"transformers with chunks of {chunk}, its fastest; its default is 256"
             candidates["transformers"] = timed(lambda: peer.prefill(tokens_BT))
         except PeerError as error:
             notes["transformers"] = f"without transformers: {error}"
@@ -189,6 +192,7 @@ class DecodeRows:
         batch: int = 1,
     ) -> Row:
         seconds = interleave(candidates, self.sizes.repeats)
+        weights = shape.parameters * BYTES[dtype]
         return make_row(
             name,
             "tokens/s",
@@ -196,13 +200,8 @@ class DecodeRows:
             rates(seconds.get("ours", ()), tokens),
             peer_name=peer_name,
             peer=rates(seconds.get("peer", ()), tokens),
-            limit=batch
-            * self.roofline.read_gbs_of(shape.parameters * BYTES[dtype])
-            * 1e9
-            / (shape.parameters * BYTES[dtype]),
-            limit_by=f"reading {shape.parameters * BYTES[dtype] / 1e6:,.0f} MB of weights per token"
-            if batch == 1
-            else f"reading {shape.parameters * BYTES[dtype] / 1e6:,.0f} MB of weights per step",
+            limit=batch * self.roofline.read_gbs_of(int(weights)) * 1e9 / weights,
+            limit_by=f"reading {weights / 1e6:,.0f} MB of weights a step",
             note=note,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -56,15 +55,37 @@ class TorchDecoder:
         return found
 
 
+class NativeStream:
+    """The native decoder; prompts by the model's own forward pass."""
+
+    def __init__(self, model: CRSM, dtype: str) -> None:
+        from crsm.native.decoder import NativeDecoder
+
+        self._model, self._decoder = model, NativeDecoder(model, dtype)  # type: ignore[arg-type]
+        self.name = "native"
+
+    def prefill(self, tokens_BT: Tensor) -> tuple[Tensor, Any]:
+        with torch.inference_mode():
+            logits_BV, _, state = self._model.prefill(tokens_BT)
+            return logits_BV.argmax(dim=-1), state
+
+    def decode(self, token_B: Tensor, state: Any, steps: int) -> list[Tensor]:
+        found = []
+        with torch.inference_mode():
+            for step in range(steps):
+                # From the second token on the state is ours to overwrite.
+                logits_BV, out = self._decoder.step_logits(token_B, state, donate=step > 0)
+                state = out.state
+                token_B = logits_BV.argmax(dim=-1)
+                found.append(token_B)
+        return found
+
+
 def make_decoder(model: CRSM, dtype: str) -> OurDecoder:
     """The fastest decoder of a model in a number format: ``fp32``, ``bf16`` or ``int8``.
 
     Raises:
         NotOfferedError: there is none.
     """
-    if model.backbone.embedding.weight.device.type == "cpu" and native.available():
-        try:
-            importlib.import_module("crsm.native.decoder")
-        except ImportError:
-            pass
-    return TorchDecoder(model, dtype)
+    on_cpu = model.backbone.embedding.weight.device.type == "cpu"
+    return NativeStream(model, dtype) if on_cpu and native.available() else TorchDecoder(model, dtype)

@@ -77,7 +77,12 @@ def _cpu_row(case: Case, roofline: Roofline, seed: int) -> Row:
         try:
             theirs = transformers.build(case.shape, seed).train()
             figures["peer_versions"] = {"transformers": transformers.version(), "torch": torch.__version__}
-            steps["peer"] = training_step(list(theirs.parameters()), lambda: transformers.loss(theirs, tokens_BT))
+            step = training_step(list(theirs.parameters()), lambda: transformers.loss(theirs, tokens_BT))
+            chunk, seconds = transformers.use_fastest_chunk(theirs, step)
+            default = case.tokens / seconds[transformers.DEFAULT_CHUNK]
+            figures |= {"peer_chunk_size": chunk, "peer_at_default_chunk": default}
+            note = f"transformers with chunks of {chunk}, its fastest; with its default, 256, {default:,.0f} tokens/s"
+            steps["peer"] = step
         except PeerError as error:
             note = f"without transformers: {error}"
     return _row(case, roofline, steps, "transformers" if case.peer else None, note, figures)

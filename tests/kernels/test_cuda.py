@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from crsm.config import BackboneConfig
-from crsm.kernels import cuda, reference, select_kernels
+from crsm.kernels import cuda, reference, restore_kernels, select_kernels
 from crsm.mamba_ssm import Backbone
 
 B, T, H, P, N, K = 2, 21, 3, 16, 24, 4
@@ -38,6 +39,12 @@ def scan_inputs(length: int = T) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
         normal(B, length, N, seed=1),
         normal(B, H, P, N),
     )
+
+
+def mixer_inputs(dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    zxBCdt_BTI = normal(B, T, 2 * H * P + 2 * N + H + 5)[..., :-5].to(dtype)
+    weights = (normal(C, K), normal(C), normal(H), -normal(H, seed=1).exp(), normal(H, seed=2), normal(H * P))
+    return (zxBCdt_BTI, *weights, 1e-5, normal(B, C, K - 1).to(dtype), normal(B, H, P, N))
 
 
 SEGMENTS = {
@@ -85,7 +92,8 @@ class Fakes:
             assert initial_states.shape == state.shape and initial_states.stride(1) == 1
             assert initial_states.dtype == x.dtype
             state = initial_states
-        return reference.causal_conv(x.transpose(1, 2), weight, bias, state, seq_idx)[0].transpose(1, 2)
+        y, _ = reference.causal_conv(x.transpose(1, 2).float(), weight, bias, state, seq_idx)
+        return y.transpose(1, 2).to(x.dtype)
 
     def causal_conv1d_update(
         self, x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
@@ -105,8 +113,11 @@ class Fakes:
         B: Tensor,
         C: Tensor,
         chunk_size: int,
+        D: Tensor | None = None,
+        dt_bias: Tensor | None = None,
         initial_states: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        dt_softplus: bool = False,
         return_final_states: bool = False,
     ) -> tuple[Tensor, Tensor]:
         self.calls.append(f"scan {chunk_size}")
@@ -121,8 +132,17 @@ class Fakes:
         if initial_states is not None:
             assert initial_states.shape == state.shape and initial_states.is_contiguous()
             state = initial_states
+        dt = dt.float() if dt_bias is None else dt.float() + dt_bias
+        dt = F.softplus(dt) if dt_softplus else dt
         y, state = reference.chunk_scan(x.float(), dt, A, B[:, :, 0].float(), C[:, :, 0].float(), state, 8, seq_idx)
-        return y.to(x.dtype), state
+        return (y if D is None else y + D[:, None] * x).to(x.dtype), state
+
+    def rmsnorm_fn(
+        self, x: Tensor, weight: Tensor, bias: None, z: Tensor, eps: float, norm_before_gate: bool = True
+    ) -> Tensor:
+        self.calls.append("norm")
+        assert bias is None and not norm_before_gate and x.shape == z.shape
+        return reference.gated_rms_norm(x, z, weight, eps)
 
     def selective_state_update(
         self, state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
@@ -152,6 +172,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fakes]:
         "mamba_ssm.ops": {},
         "mamba_ssm.ops.triton": {},
         "mamba_ssm.ops.triton.ssd_combined": {"mamba_chunk_scan_combined": made.mamba_chunk_scan_combined},
+        "mamba_ssm.ops.triton.layernorm_gated": {"rmsnorm_fn": made.rmsnorm_fn},
         "mamba_ssm.ops.triton.selective_state_update": {"selective_state_update": made.selective_state_update},
     }
     modules = {name: types.ModuleType(name) for name in contents}
@@ -198,6 +219,18 @@ def test_gradients_reach_every_input_through_either_path(fakes: Fakes, segment_B
         torch.testing.assert_close(mine, theirs, atol=1e-2, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("segment_BT", cases())
+def test_the_mixer_is_the_references(fakes: Fakes, segment_BT: Tensor | None, dtype: torch.dtype) -> None:
+    got = cuda.mixer(*mixer_inputs(dtype), 64, segment_BT)
+    want = reference.mixer(*mixer_inputs(), 64, segment_BT)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.float(), theirs, atol=tolerance, rtol=tolerance)
+    assert [tensor.dtype for tensor in got] == [dtype, dtype, torch.float32]
+    assert fakes.calls == ["conv", "scan 64", "norm"]
+
+
 def test_one_step_is_the_references_and_leaves_the_state_as_it_was(fakes: Fakes) -> None:
     x, dt, A, Bs, Cs, state = scan_inputs()
     arguments = (x[:, 0], dt[:, 0], A, Bs[:, 0], Cs[:, 0])
@@ -237,18 +270,6 @@ def test_what_the_libraries_cannot_do_is_done_by_the_reference(fakes: Fakes) -> 
     assert fakes.calls == []
 
 
-def test_under_autocast_the_scan_takes_its_inputs_in_autocasts_type(
-    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
-    y, state = cuda.chunk_scan(*scan_inputs(), 64)
-    want_y, want_state = reference.chunk_scan(*scan_inputs(), 64)
-    assert (y.dtype, state.dtype) == (torch.bfloat16, torch.float32)
-    torch.testing.assert_close(y.float(), want_y, atol=0.1, rtol=0.05)
-    torch.testing.assert_close(state, want_state, atol=0.1, rtol=0.05)
-
-
 def test_tensors_on_the_cpu_go_to_the_kernels_for_it() -> None:
     for mine, theirs in zip(cuda.chunk_scan(*scan_inputs(), 64), reference.chunk_scan(*scan_inputs(), 64), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
@@ -262,10 +283,14 @@ def test_they_are_selected_where_they_can_run_and_nowhere_else(fakes: Fakes, mon
     cuda.missing.cache_clear()
     assert cuda.available()
     assert select_kernels() is cuda
+    assert restore_kernels("cuda") is cuda
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)
     cuda.missing.cache_clear()
     assert "causal-conv1d" in cuda.missing()
     assert select_kernels() is not cuda
+    assert restore_kernels("cuda") is select_kernels()
+    with pytest.raises(ValueError, match=r"kernels = 'cuda': mamba-ssm and causal-conv1d .* cannot be imported"):
+        select_kernels("cuda")
 
 
 def test_a_backbone_runs_on_them(fakes: Fakes) -> None:
@@ -281,7 +306,7 @@ def test_a_backbone_runs_on_them(fakes: Fakes) -> None:
     torch.testing.assert_close(hidden, want, atol=1e-4, rtol=1e-4)
     step, want_step = backbone.step(tokens_BT[:, 0], state), plain.step(tokens_BT[:, 0], want_state)
     torch.testing.assert_close(step.hidden_BLD, want_step.hidden_BLD, atol=1e-4, rtol=1e-4)
-    assert fakes.calls == ["conv", "scan 64"] * 2 + ["conv step", "step"] * 2
+    assert fakes.calls == ["conv", "scan 64", "norm"] * 2 + ["conv step", "step"] * 2
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------
@@ -314,6 +339,16 @@ def test_on_a_gpu_convolution_and_scan_are_the_references(real: None, segment_BT
     found = cuda.chunk_scan(*on_gpu(scan_inputs()), 64, segment)
     for mine, theirs in zip(found, reference.chunk_scan(*scan_inputs(), 64, segment_BT), strict=True):
         close(mine, theirs, 5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("segment_BT", cases())
+def test_on_a_gpu_the_mixer_is_the_references(real: None, segment_BT: Tensor | None, dtype: torch.dtype) -> None:
+    arguments = [x.cuda() if isinstance(x, Tensor) else x for x in mixer_inputs(dtype)]
+    got = cuda.mixer(*arguments, 64, None if segment_BT is None else segment_BT.cuda())
+    for mine, theirs in zip(got, reference.mixer(*mixer_inputs(), 64, segment_BT), strict=True):
+        close(mine.float(), theirs, 5e-3 if dtype == torch.float32 else 3e-2)
 
 
 @pytest.mark.gpu

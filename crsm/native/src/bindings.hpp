@@ -6,5 +6,7 @@
 namespace crsm {
 
 void bind_linear(nanobind::module_& m);
+void bind_mixer(nanobind::module_& m);
+void bind_scan(nanobind::module_& m);
 
 }  // namespace crsm

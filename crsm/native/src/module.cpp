@@ -20,4 +20,6 @@ NB_MODULE(_crsm_native, m) {
     m.def("set_num_threads", &crsm::set_num_threads, nb::arg("count"),
           "Bounds the threads of every call. Raises ValueError unless count ≥ 1.");
     crsm::bind_linear(m);
+    crsm::bind_mixer(m);
+    crsm::bind_scan(m);
 }
