@@ -28,8 +28,9 @@ inline std::string shape_text(std::initializer_list<int64_t> shape) {
     return text + ")";
 }
 
-template <typename T>
+template <typename Element>
 const char* type_name() {
+    using T = std::remove_const_t<Element>;
     if constexpr (std::is_same_v<T, float>) return "float32";
     if constexpr (std::is_same_v<T, double>) return "float64";
     if constexpr (std::is_same_v<T, int64_t>) return "int64";

@@ -17,7 +17,7 @@ template <typename T>
 Rows<T> checked_rows(const AnyArray& array, const char* name, int64_t batch, int64_t length, int64_t width) {
     if (array.dtype() != nb::dtype<std::remove_const_t<T>>()) {
         throw std::invalid_argument(std::string(name) + ": wrong dtype; allowed: " +
-                                    type_name<std::remove_const_t<T>>());
+                                    type_name<T>());
     }
     const int64_t want[3] = {batch, length, width};
     std::string found = "(";
