@@ -230,6 +230,17 @@ class EngineConfig(Settings):
     """Tokens per second at most (wall clock only); None: as fast as the machine goes."""
     max_batch: Positive = 256
     """Generations decoded together."""
+    decoder: Literal["auto", "native", "torch"] = "auto"
+    """Who consumes a token: ``native``, the C++ core; ``torch``, the backbone's own ``step``; ``auto``: the native one
+    where it is installed and the model is fp32 on the CPU."""
+    weights: Literal["fp32", "bf16", "int8"] = "fp32"
+    """How the native decoder keeps the matrices; arithmetic and state are fp32 whatever it is."""
+
+    @model_validator(mode="after")
+    def _rounding_is_native(self) -> EngineConfig:
+        if self.decoder == "torch" and self.weights != "fp32":
+            raise ValueError(f"weights = {self.weights!r} with decoder = 'torch'; allowed: 'fp32', or another decoder")
+        return self
 
 
 class PlannersConfig(Settings):

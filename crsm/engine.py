@@ -9,9 +9,10 @@ One :meth:`Engine.step` says one token of every running generation:
 4. plans that are due, match what was said and have an open gate are written into the state;
 5. the batch consumes its tokens, the next ones are sampled, finished generations leave.
 
-Guarantees: with no planner, or all gates 0, the tokens are those of the plain backbone, bit for bit. A plan reaches
-only the generation that asked for it: ids are never reused, and an ended generation takes its plans with it. Every
-request is settled with exactly one reason.
+Guarantees: with no planner, or all gates 0, the tokens are those of the plain backbone, bit for bit: prompts through its
+``forward``, then a token at a time through the decoder that the settings choose. A plan reaches only the generation that
+asked for it: ids are never reused, and an ended generation takes its plans with it. Every request is settled with exactly
+one reason.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from crsm.config import DeliberationConfig, EngineConfig, SamplingConfig
+from crsm.decoding import select_decoder
 from crsm.delta_buffer import DeltaBuffer, check_plan
 from crsm.event_log import EventLog
 from crsm.latent_dynamics import WorldModel
@@ -118,12 +120,13 @@ class Engine:
             sleep: waits, for the pace.
 
         Raises:
-            ValueError: planners and an injection source, whose plans would meet.
+            ValueError: planners and an injection source, whose plans would meet; a decoder that cannot be had.
         """
         if planners is not None and injection_source is not None:
             raise ValueError("planners and an injection_source; allowed: one of them, or neither")
         self.checkpoint, self.config, self.metrics = checkpoint, config, PlanMetrics()
         self._model, self._planners = checkpoint.model, planners
+        self._decoder = select_decoder(self._model, config)
         self._world_model = world_model or checkpoint.model.planning_model()
         self._source, self._log, self._clock, self._sleep = injection_source, event_log, clock, sleep
         self._buffer = DeltaBuffer()
@@ -241,12 +244,14 @@ class Engine:
         positions = [generation.position for generation in generations]
         tracked = [generation.request.deliberation.withdraw for generation in generations]
         state, steering = steer(running.state, running.steering, injections, positions, tracked)
-        out = self._model.backbone.step(torch.tensor([generation.tokens[-1] for generation in generations]), state)
+        # Nothing else holds the state: prompts make a fresh one, and snapshots are copies.
+        token_B = torch.tensor([generation.tokens[-1] for generation in generations])
+        out = self._decoder.step(token_B, state, donate=True)
         # Only the virtual clock's own plans are never late; a replay may hold late ones under any clock.
         never_late = self.config.clock == "virtual" and self._source is None
         remember = 0 if never_late else max(g.request.deliberation.max_lag for g in generations)
         batch = _Running(out.state, out.hidden_BLD, advance(steering, out.decay_LBH, remember))
-        log_probs_BV = self._model.logits(out.hidden_BLD).log_softmax(dim=-1)
+        log_probs_BV = self._decoder.logits(out.hidden_BLD).log_softmax(dim=-1)
         self._active, self._running = [], None
         return self._say(generations, log_probs_BV, batch, injections)
 

@@ -11,7 +11,7 @@ Letters: B batch, T time, L layers, D d_model, H heads, P head dimension, N d_st
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from crsm.config import BackboneConfig
 from crsm.kernels import Kernels, reference, restore_kernels, select_kernels
-from crsm.types import LayerState, ModelState
+from crsm.types import LayerState, ModelState, StepOutput
 
 
 class RMSNorm(nn.Module):
@@ -132,14 +132,6 @@ class Layer(nn.Module):
     def step(self, x_BD: Tensor, state: LayerState) -> tuple[Tensor, LayerState, Tensor]:
         y_BD, state, decay_BH = self.mixer.step(self.norm(x_BD), state)
         return x_BD + y_BD, state, decay_BH
-
-
-class StepOutput(NamedTuple):
-    hidden_BLD: Tensor
-    """Residual stream after every layer."""
-    state: ModelState
-    decay_LBH: tuple[Tensor, ...]
-    """Per layer, this token's state decay per head (B, H): what carries a write to the next position."""
 
 
 class Backbone(nn.Module):

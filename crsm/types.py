@@ -62,6 +62,16 @@ class ModelState:
         return sum(tensor.numel() * tensor.element_size() for layer in self.layers for tensor in layer)
 
 
+class StepOutput(NamedTuple):
+    """What consuming one token per sequence gives."""
+
+    hidden_BLD: Tensor
+    """Residual stream after every layer."""
+    state: ModelState
+    decay_LBH: tuple[Tensor, ...]
+    """Per layer, this token's state decay per head (B, H): what carries a write to the next position."""
+
+
 def concat_states(states: list[ModelState]) -> ModelState:
     """One batch out of several, in order."""
     import torch

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crsm.config import DeliberationConfig, EngineConfig, SamplingConfig
+from crsm.decoding import select_decoder
 from crsm.engine import Engine, GenerationRequest, InjectionSource, as_injection
 from crsm.event_log import EventLog, LoggedGeneration, read_log
 from crsm.injection import inject, outer_write, withdraw
@@ -70,13 +71,13 @@ def decode(
     write: Write | None = None,
     mix: Callable[[int, Tensor], Tensor] | None = None,
 ) -> list[list[tuple[int, float]]]:
-    """Greedy decoding written out with the backbone alone.
+    """Greedy decoding written out with the backbone alone, its tokens consumed by the decoder that engines choose.
 
     Args:
         write: changes the state before the token at a position is consumed; gets the decays of all tokens so far too.
         mix: changes the log-probabilities that come of consuming the token at a position.
     """
-    model = checkpoint.model
+    model, decoder = checkpoint.model, select_decoder(checkpoint.model)
     hidden_BTLD, state = model.backbone(torch.tensor(prompts))
     log_probs_BV = model.logits(hidden_BTLD[:, -1]).log_softmax(dim=-1)
     said: list[list[tuple[int, float]]] = [[] for _ in prompts]
@@ -88,10 +89,10 @@ def decode(
         if write is not None:
             memory = torch.stack([torch.stack(layers) for layers in decays]) if decays else torch.zeros(0)
             state = write(position, state, memory)
-        out = model.backbone.step(token_B, state)
+        out = decoder.step(token_B, state)
         state = out.state
         decays.append(out.decay_LBH)
-        log_probs_BV = model.logits(out.hidden_BLD).log_softmax(dim=-1)
+        log_probs_BV = decoder.logits(out.hidden_BLD).log_softmax(dim=-1)
         if mix is not None:
             log_probs_BV = mix(position, log_probs_BV)
     return said

@@ -16,6 +16,7 @@ LAYERS = (
     {"mamba_ssm", "fusion", "critic", "latent_dynamics", "plan_writer"},
     {"search", "injection", "gate", "delta_buffer"},
     {"model"},
+    {"decoding"},
     {"reasoning"},
     {"engine", "planners", "sampling", "steering", "metrics", "event_log"},
     {"training", "evaluation"},

@@ -5,6 +5,7 @@
 
 namespace crsm {
 
+void bind_decode(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_mixer(nanobind::module_& m);
 void bind_scan(nanobind::module_& m);

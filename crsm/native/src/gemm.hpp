@@ -50,4 +50,16 @@ inline int64_t packed_floats(int64_t rows_K, int64_t columns_N) {
     return (columns_N + kPanel - 1) / kPanel * kPanel * rows_K;
 }
 
+// Packs B[k, n] = source[k·row + n·column] rounded to a type:
+//   bf16: to nearest, ties to even;
+//   int8: per column and kScaleGroup rows of K, scale = max|B| / 127 and round(B / scale), ties to even.
+// `panels`: packed_floats(K, N) elements of the type, aligned to 64 bytes; `scales`: scale_floats(K, N), for int8 alone.
+PackedMatrix pack_as(WeightType type, const float* source, int64_t row, int64_t column, int64_t rows_K,
+                     int64_t columns_N, void* panels, float* scales, int threads);
+inline int64_t scale_rows(int64_t rows_K) { return (rows_K + kScaleGroup - 1) / kScaleGroup; }
+inline int64_t scale_floats(int64_t rows_K, int64_t columns_N) {
+    return (columns_N + kPanel - 1) / kPanel * kPanel * scale_rows(rows_K);
+}
+inline int64_t bytes_of(WeightType type) { return type == WeightType::fp32 ? 4 : type == WeightType::bf16 ? 2 : 1; }
+
 }  // namespace crsm

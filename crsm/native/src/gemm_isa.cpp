@@ -39,12 +39,22 @@ struct Element<WeightType::int8> {
     static inline VecF get(const int8_t* p) { return load_int8(p); }
 };
 
-// A tile of ROWS × (PANELS · VECTORS) vectors over rows [k, k + length) of K, from `offset` columns within the panels.
+// A tile of ROWS × (PANELS · VECTORS) vectors over rows [k, k + length) of K. What lies `ahead` elements further on is
+// brought into the second-level cache meanwhile; 0: nothing.
 template <WeightType type, int ROWS, int PANELS, int VECTORS>
 inline void tile(const typename Element<type>::stored* const* b, int64_t length, const float* a, int64_t a_row,
-                 int64_t a_column, VecF (&acc)[ROWS][PANELS * VECTORS]) {
+                 int64_t a_column, VecF (&acc)[ROWS][PANELS * VECTORS], int64_t ahead) {
     using E = Element<type>;
+    constexpr int row_bytes = static_cast<int>(kPanel * sizeof(typename E::stored));
     for (int64_t k = 0; k < length; ++k) {
+        if (ahead != 0) {
+#pragma GCC unroll 8
+            for (int p = 0; p < PANELS; ++p) {
+                const char* line = reinterpret_cast<const char*>(b[p] + k * kPanel + ahead);
+                __builtin_prefetch(line, 0, 2);
+                if (row_bytes > 64) __builtin_prefetch(line + 64, 0, 2);
+            }
+        }
         VecF w[PANELS * VECTORS];
 #pragma GCC unroll 8
         for (int p = 0; p < PANELS; ++p) {
@@ -71,7 +81,8 @@ struct Problem {
 
 // ROWS rows from m on, panels [panel, panel + PANELS), vectors [first, first + VECTORS) of each, rows [k, k + length).
 template <WeightType type, int ROWS, int PANELS, int VECTORS>
-inline void block(const Problem& problem, int64_t m, int64_t panel, int first, int64_t k, int64_t length, bool add) {
+inline void block(const Problem& problem, int64_t m, int64_t panel, int first, int64_t k, int64_t length, bool add,
+                  int64_t ahead) {
     using Stored = typename Element<type>::stored;
     const PackedMatrix& matrix = problem.b;
     const Stored* b[PANELS];
@@ -102,7 +113,7 @@ inline void block(const Problem& problem, int64_t m, int64_t panel, int first, i
             const int64_t count = length - start < kScaleGroup ? length - start : kScaleGroup;
             VecF part[ROWS][PANELS * VECTORS] = {};
             tile<type, ROWS, PANELS, VECTORS>(b, count, a + start * problem.a_column, problem.a_row, problem.a_column,
-                                              part);
+                                              part, ahead);
 #pragma GCC unroll 8
             for (int i = 0; i < PANELS * VECTORS; ++i) {
                 const int64_t group = (panel + i / VECTORS) * groups + (k + start) / kScaleGroup;
@@ -113,7 +124,7 @@ inline void block(const Problem& problem, int64_t m, int64_t panel, int first, i
             for (int p = 0; p < PANELS; ++p) b[p] += count * kPanel;
         }
     } else {
-        tile<type, ROWS, PANELS, VECTORS>(b, length, a, problem.a_row, problem.a_column, acc);
+        tile<type, ROWS, PANELS, VECTORS>(b, length, a, problem.a_row, problem.a_column, acc, ahead);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
@@ -135,7 +146,9 @@ template <WeightType type, int ROWS>
 inline void rows(const Problem& problem, int64_t m, int64_t panel, int64_t k, int64_t length, bool add) {
     constexpr int step = kVectors < kTileVectors ? kVectors : kTileVectors;
     for (int first = 0; first < kVectors; first += step) {
-        block<type, ROWS, 1, step>(problem, m, panel, first, k, length, add);
+        // The next panel comes from memory while the first rows pass over this one: later rows would find it idle.
+        const int64_t ahead = m == 0 && first == 0 ? problem.b.rows_K * kPanel : 0;
+        block<type, ROWS, 1, step>(problem, m, panel, first, k, length, add, ahead);
     }
 }
 
@@ -155,15 +168,17 @@ template <WeightType type, int ROWS>
 void few_rows(const Problem& problem, bool accumulate, int64_t panel, int64_t end) {
     constexpr int together = ROWS == 1 ? 4 : 2;
     const int64_t length = problem.b.rows_K;
+    // Far enough for the memory's latency at full speed; the processor's own prefetchers stop at every page.
+    constexpr int64_t ahead = 4096 / static_cast<int64_t>(sizeof(typename Element<type>::stored));
     if constexpr (kVectors <= 2) {
         for (; panel + together <= end; panel += together) {
-            block<type, ROWS, together, kVectors>(problem, 0, panel, 0, 0, length, accumulate);
+            block<type, ROWS, together, kVectors>(problem, 0, panel, 0, 0, length, accumulate, ahead);
         }
-        for (; panel < end; ++panel) block<type, ROWS, 1, kVectors>(problem, 0, panel, 0, 0, length, accumulate);
+        for (; panel < end; ++panel) block<type, ROWS, 1, kVectors>(problem, 0, panel, 0, 0, length, accumulate, ahead);
     } else {
         for (; panel < end; ++panel) {
             for (int first = 0; first < kVectors; first += 4) {
-                block<type, ROWS, 1, 4>(problem, 0, panel, first, 0, length, accumulate);
+                block<type, ROWS, 1, 4>(problem, 0, panel, first, 0, length, accumulate, first == 0 ? ahead : 0);
             }
         }
     }

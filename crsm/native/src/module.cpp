@@ -19,6 +19,7 @@ NB_MODULE(_crsm_native, m) {
     m.def("num_threads", &crsm::num_threads, "Threads that a call may use.");
     m.def("set_num_threads", &crsm::set_num_threads, nb::arg("count"),
           "Bounds the threads of every call. Raises ValueError unless count ≥ 1.");
+    crsm::bind_decode(m);
     crsm::bind_linear(m);
     crsm::bind_mixer(m);
     crsm::bind_scan(m);

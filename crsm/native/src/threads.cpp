@@ -57,6 +57,30 @@ public:
             for (int64_t index = 0; index < tasks; ++index) task(context, index);
             return;
         }
+        run_with(helpers, tasks, task, context);
+    }
+
+    void run_team(int threads, void (*body)(void*, int, int), void* context) {
+        std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
+        if (threads < 2 || !lock.owns_lock()) return body(context, 0, 1);
+        struct Team {
+            void (*body)(void*, int, int);
+            void* context;
+            int members;
+        } team{body, context, threads};
+        // As many tasks as threads: whoever has one is in it until all have begun, if they wait for each other at all.
+        run_with(
+            threads - 1, threads,
+            [](void* given, int64_t member) {
+                const Team& team = *static_cast<const Team*>(given);
+                team.body(team.context, static_cast<int>(member), team.members);
+            },
+            &team);
+    }
+
+private:
+    // The caller holds busy_.
+    void run_with(int helpers, int64_t tasks, void (*task)(void*, int64_t), void* context) {
         while (static_cast<int>(workers_.size()) < helpers) {
             workers_.emplace_back([this, id = static_cast<int>(workers_.size())] { work(id); });
         }
@@ -79,7 +103,6 @@ public:
         }
     }
 
-private:
     void drain() {
         for (int64_t index; (index = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) task_(context_, index);
     }
@@ -142,6 +165,28 @@ void set_num_threads(int count) {
 void parallel_for(int64_t tasks, int threads, void (*task)(void*, int64_t), void* context) {
     if (tasks < 1) return;
     pool()->run(tasks, threads > 0 ? threads : num_threads(), task, context);
+}
+
+void parallel_team(int threads, void (*body)(void*, int, int), void* context) {
+    pool()->run_team(threads > 0 ? threads : num_threads(), body, context);
+}
+
+void Barrier::wait() {
+    if (members_ == 1) return;
+    const uint32_t round = round_.load(std::memory_order_acquire);
+    if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == members_) {
+        waiting_.store(0, std::memory_order_relaxed);
+        round_.store(round + 1, std::memory_order_release);
+        round_.notify_all();
+        return;
+    }
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
+        if (spins < kSpins) {
+            pause_cpu();
+        } else {
+            round_.wait(round, std::memory_order_acquire);
+        }
+    }
 }
 
 }  // namespace crsm

@@ -2,6 +2,7 @@
 // call ever waits for another one.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace crsm {
@@ -24,5 +25,28 @@ void parallel_for(int64_t tasks, int threads, F&& body) {
         tasks, threads, [](void* context, int64_t index) { (*static_cast<F*>(context))(index); },
         const_cast<void*>(static_cast<const void*>(&body)));
 }
+
+// Runs body(context, member, members) for member 0 … members-1, all at the same time, so that they may wait for each
+// other at a Barrier; members ≤ threads (0: num_threads()) is 1 if the pool is busy.
+void parallel_team(int threads, void (*body)(void*, int, int), void* context);
+
+template <typename F>
+void parallel_team(int threads, F&& body) {
+    parallel_team(
+        threads, [](void* context, int member, int members) { (*static_cast<F*>(context))(member, members); },
+        const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Where the members of a team wait for each other, any number of times. What a member wrote before is seen by all after.
+class Barrier {
+public:
+    explicit Barrier(int members) : members_(members) {}
+    void wait();
+
+private:
+    const int members_;
+    alignas(64) std::atomic<int> waiting_{0};
+    alignas(64) std::atomic<uint32_t> round_{0};
+};
 
 }  // namespace crsm

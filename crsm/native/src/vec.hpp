@@ -54,17 +54,40 @@ static inline void store(T* p, Vec<T> v) {
 }
 template <typename T>
 static inline Vec<T> broadcast(T x) {
-    return Vec<T>{} + x;
+    return x - Vec<T>{};  // x - 0 is x, -0 too, and no instruction; 0 + x would be one
 }
 
 // bfloat16 is the upper half of a float.
+// GCC widens integers by way of several shuffles, unless told of the one instruction that does it.
 static inline VecF load_bf16(const uint16_t* p) {
+#if defined(CRSM_ISA_avx512) && !defined(__clang__)
+    typedef short Halves __attribute__((vector_size(32), aligned(2), may_alias));
+    const Halves halves = *reinterpret_cast<const Halves*>(p);
+    return reinterpret_cast<VecF>(__builtin_ia32_pmovzxwd512_mask(halves, VecI{}, 0xffff) << 16);
+#elif defined(CRSM_ISA_avx2) && !defined(__clang__)
+    typedef short Halves __attribute__((vector_size(16), aligned(2), may_alias));
+    const Halves halves = *reinterpret_cast<const Halves*>(p);
+    return reinterpret_cast<VecF>(__builtin_ia32_pmovzxwd256(halves) << 16);
+#else
     const VecHalf half = *reinterpret_cast<const VecHalfUnaligned*>(p);
     return reinterpret_cast<VecF>(__builtin_convertvector(half, VecU) << 16);
+#endif
 }
 static inline VecF load_int8(const int8_t* p) {
+#if defined(CRSM_ISA_avx512) && !defined(__clang__)
+    typedef char Bytes __attribute__((vector_size(16), aligned(1), may_alias));
+    const Bytes bytes = *reinterpret_cast<const Bytes*>(p);
+    return __builtin_convertvector(__builtin_ia32_pmovsxbd512_mask(bytes, VecI{}, 0xffff), VecF);
+#elif defined(CRSM_ISA_avx2) && !defined(__clang__)
+    typedef char Bytes __attribute__((vector_size(16)));
+    int64_t low;
+    __builtin_memcpy(&low, p, sizeof low);
+    typedef int64_t Words __attribute__((vector_size(16)));
+    return __builtin_convertvector(__builtin_ia32_pmovsxbd256(reinterpret_cast<Bytes>(Words{low, 0})), VecF);
+#else
     const VecByte byte = *reinterpret_cast<const VecByteUnaligned*>(p);
     return __builtin_convertvector(__builtin_convertvector(byte, VecI), VecF);
+#endif
 }
 
 template <typename T>

@@ -1,0 +1,322 @@
+// The phases of a decode step. Scratch and orchestration: decode.cpp.
+#include "decode.hpp"
+#include "gemm.hpp"
+#include "vec.hpp"
+
+namespace crsm::CRSM_ISA {
+namespace {
+
+constexpr int kWidth = kLanes<float>;
+static_assert(kPanel % kWidth == 0);
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Sum of the lanes, halves onto halves.
+inline float fold(VecF v) {
+#if defined(__clang__)
+    return sum_lanes<float>(v);
+#else
+    VecI lane;
+    for (int i = 0; i < kWidth; ++i) lane[i] = i;
+    for (int half = kWidth / 2; half > 0; half /= 2) v += __builtin_shuffle(v, lane ^ half);
+    return v[0];
+#endif
+}
+
+// Past the caches, for what is not read again before the caches have turned over; `p` is aligned to the vector.
+inline void store_past_caches(float* p, VecF v) {
+#if defined(CRSM_ISA_avx512)
+    __builtin_ia32_movntps512(p, v);
+#elif defined(CRSM_ISA_avx2)
+    __builtin_ia32_movntps256(p, v);
+#else
+    store(p, v);
+#endif
+}
+inline void order_stores() {
+#if defined(__x86_64__)
+    __builtin_ia32_sfence();
+#endif
+}
+
+// scaled = x · weight for `count` columns; returns Σ x². The same sum whoever calls, for the same count.
+inline float scale_piece(const float* x, const float* weight, float* scaled, int64_t count) {
+    VecF squares{};
+    int64_t n = 0;
+    for (; n + kWidth <= count; n += kWidth) {
+        const VecF v = load(x + n);
+        store(scaled + n, v * load(weight + n));
+        squares += v * v;
+    }
+    float total = fold(squares);
+    for (; n < count; ++n) {
+        scaled[n] = x[n] * weight[n];
+        total += x[n] * x[n];
+    }
+    return total;
+}
+
+inline void mix_piece(const float* x, float share, bool first, float* mixed, int64_t count) {
+    for (int64_t n = 0; n < count; ++n) {
+        const float before = first ? 0.0f : mixed[n];
+        mixed[n] = before + share * x[n];
+    }
+}
+
+inline float inverse_rms(const float* squares, int64_t count, int64_t width, float eps) {
+    float total = 0;
+    for (int64_t i = 0; i < count; ++i) total += squares[i];
+    return 1.0f / __builtin_sqrtf(total / static_cast<float>(width) + eps);
+}
+
+inline const float* residual(const DecodeModel& model, const DecodeStep& step, int64_t layer, int64_t row) {
+    const int64_t D = model.sizes.d_model;
+    if (layer == 0) return model.embedding_VD + step.token_B[row] * D;
+    return step.hidden_BLD + (row * model.sizes.n_layer + layer - 1) * D;
+}
+
+void embed(const DecodeModel& model, const DecodeStep& step, const float* norm_D) {
+    const int64_t D = model.sizes.d_model, J = model.sizes.pieces();
+    for (int64_t row = 0; row < step.batch; ++row) {
+        const float* x_D = residual(model, step, 0, row);
+        for (int64_t j = 0; j < J; ++j) {
+            const int64_t n = j * kPanel;
+            step.square_BJ[row * J + j] =
+                scale_piece(x_D + n, norm_D + n, step.scaled_BD + row * D + n, smaller(kPanel, D - n));
+        }
+    }
+}
+
+// values ← silu(values · scale)
+inline void scale_silu(float* values, int64_t count, float scale) {
+    int64_t n = 0;
+    for (; n + kWidth <= count; n += kWidth) store(values + n, silu(load(values + n) * scale));
+    if (n < count) {
+        VecF v{};
+        for (int i = 0; n + i < count; ++i) v[i] = values[n + i] * scale;
+        v = silu(v);
+        for (int i = 0; n + i < count; ++i) values[n + i] = v[i];
+    }
+}
+
+// Channels [begin, end) of one row: the window moves on by values · scale; values ← silu(convolution).
+inline void convolve(const DecodeSizes& sizes, const DecodeLayer& layer, float* values_C, const float* window_CK,
+                     float* new_window_CK, int64_t begin, int64_t end, float scale) {
+    const int64_t C = sizes.conv_channels(), taps = sizes.d_conv - 1;
+    for (int64_t c = begin; c < end; c += kPanel) {
+        const int64_t count = smaller(kPanel, end - c);
+        float newest[kPanel], sum[kPanel];
+        for (int64_t i = 0; i < count; ++i) {
+            newest[i] = values_C[c + i] * scale;
+            sum[i] = 0;
+        }
+        for (int64_t k = 0; k < taps; ++k) {
+            const float* weight = layer.conv_weight_KC + k * C + c;
+            const float* window = window_CK + c * taps + k;
+            for (int64_t i = 0; i < count; ++i) sum[i] += weight[i] * window[i * taps];
+        }
+        const float* weight = layer.conv_weight_KC + taps * C + c;
+        for (int64_t i = 0; i < count; ++i) values_C[c + i] = sum[i] + weight[i] * newest[i] + layer.conv_bias_C[c + i];
+        for (int64_t i = 0; i < count; ++i) {
+            // Ascending, so that the window may be moved in place.
+            const float* from = window_CK + (c + i) * taps;
+            float* to = new_window_CK + (c + i) * taps;
+            for (int64_t k = 0; k + 1 < taps; ++k) to[k] = from[k + 1];
+            to[taps - 1] = newest[i];
+        }
+        scale_silu(values_C + c, count, 1.0f);
+    }
+}
+
+void project_in(const DecodeModel& model, const DecodeLayer& weights, const DecodeStep& step, int64_t layer,
+                int64_t begin, int64_t end) {
+    const DecodeSizes& sizes = model.sizes;
+    const int64_t D = sizes.d_model, E = sizes.d_inner(), C = sizes.conv_channels(), M = sizes.projected();
+    const int64_t J = sizes.pieces(), window = C * (sizes.d_conv - 1);
+    gemm_table.gemm(weights.in_proj, step.batch, step.scaled_BD, D, 1, step.projected_BM, M, nullptr, false, begin, end);
+    const int64_t first = begin * kPanel, last = smaller(end * kPanel, M);
+    for (int64_t row = 0; row < step.batch; ++row) {
+        const float scale = inverse_rms(step.square_BJ + row * J, J, D, sizes.norm_eps);
+        float* values_M = step.projected_BM + row * M;
+        if (first < E) scale_silu(values_M + first, smaller(last, E) - first, scale);
+        const int64_t from = larger(first, E) - E, to = smaller(last, E + C) - E;
+        if (from < to) {
+            convolve(sizes, weights, values_M + E, step.conv_in[layer] + row * window,
+                     step.conv_out[layer] + row * window, from, to, scale);
+        }
+        for (int64_t n = larger(first, E + C); n < last; ++n) values_M[n] *= scale;
+    }
+}
+
+// h ← decay·h + input ⊗ B and y = h·C for the P rows of one head. VECTORS · kWidth = N.
+template <int VECTORS, bool PAST_CACHES>
+inline void move_head(const float* h, float* to, int64_t P, float decay, const float* input_P, const float* B_N,
+                      const float* C_N, float* y_P) {
+    VecF b[VECTORS], c[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) {
+        b[v] = load(B_N + v * kWidth);
+        c[v] = load(C_N + v * kWidth);
+    }
+    const VecF a = broadcast(decay);
+    for (int64_t p = 0; p < P; ++p) {
+        const VecF x = broadcast(input_P[p]);
+        VecF sum{};
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) {
+            const VecF added = x * b[v];
+            const VecF moved = a * load(h + v * kWidth) + added;
+            if (PAST_CACHES) {
+                store_past_caches(to + v * kWidth, moved);
+            } else {
+                store(to + v * kWidth, moved);
+            }
+            sum += moved * c[v];
+        }
+        y_P[p] = fold(sum);
+        h += VECTORS * kWidth;
+        to += VECTORS * kWidth;
+    }
+}
+
+inline void move_head_any(const float* h, float* to, int64_t P, int64_t N, float decay, const float* input_P,
+                          const float* B_N, const float* C_N, float* y_P) {
+    const VecF a = broadcast(decay);
+    for (int64_t p = 0; p < P; ++p, h += N, to += N) {
+        const VecF x = broadcast(input_P[p]);
+        VecF sum{};
+        int64_t n = 0;
+        for (; n + kWidth <= N; n += kWidth) {
+            const VecF added = x * load(B_N + n);
+            const VecF moved = a * load(h + n) + added;
+            store(to + n, moved);
+            sum += moved * load(C_N + n);
+        }
+        float y = fold(sum);
+        for (; n < N; ++n) {
+            const float added = input_P[p] * B_N[n];
+            const float moved = decay * h[n] + added;
+            to[n] = moved;
+            y += moved * C_N[n];
+        }
+        y_P[p] = y;
+    }
+}
+
+template <int VECTORS>
+inline bool move_head_if(const float* h, float* to, bool past_caches, int64_t P, int64_t N, float decay,
+                         const float* input_P, const float* B_N, const float* C_N, float* y_P) {
+    if (N != VECTORS * kWidth) return false;
+    if (past_caches) {
+        move_head<VECTORS, true>(h, to, P, decay, input_P, B_N, C_N, y_P);
+    } else {
+        move_head<VECTORS, false>(h, to, P, decay, input_P, B_N, C_N, y_P);
+    }
+    return true;
+}
+
+// As torch has it: x itself where exp(x) would swallow the 1.
+inline float softplus(float x) { return x > 20.0f ? x : __builtin_log1pf(__builtin_expf(x)); }
+
+// States of a batch beyond this do not stay in a cache from one token to the next.
+constexpr int64_t kCachedStates = int64_t{2} << 20;
+
+void update_state(const DecodeModel& model, const DecodeLayer& weights, const DecodeStep& step, int64_t layer,
+                  int64_t begin, int64_t end) {
+    const DecodeSizes& sizes = model.sizes;
+    const int64_t H = sizes.n_heads, P = sizes.headdim, N = sizes.d_state, E = sizes.d_inner();
+    const int64_t C = sizes.conv_channels(), M = sizes.projected();
+    const float* ssm_in = step.ssm_in[layer];
+    float* ssm_out = step.ssm_out[layer];
+    const bool past_caches = ssm_in != ssm_out && sizes.n_layer * step.batch * H * P * N > kCachedStates &&
+                             reinterpret_cast<uintptr_t>(ssm_out) % kVectorBytes == 0;
+    for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t row = unit / H, head = unit % H;
+        const float* projected_M = step.projected_BM + row * M;
+        const float *silu_z_P = projected_M + head * P, *x_P = projected_M + E + head * P;
+        const float *B_N = projected_M + 2 * E, *C_N = B_N + N;
+        const float dt = softplus(projected_M[E + C + head] + weights.dt_bias_H[head]);
+        const float decay = __builtin_expf(dt * weights.A_H[head]);
+        step.decay_LBH[(layer * step.batch + row) * H + head] = decay;
+        const float *h = ssm_in + unit * P * N, *norm_P = weights.gated_norm_E + head * P;
+        float *to = ssm_out + unit * P * N, *gated_P = step.gated_BE + row * E + head * P;
+        float squares = 0;
+        for (int64_t p = 0; p < P; p += kPanel) {
+            const int64_t count = smaller(kPanel, P - p);
+            float input[kPanel], y[kPanel];
+            for (int64_t i = 0; i < count; ++i) input[i] = dt * x_P[p + i];
+            const float* from = h + p * N;
+            float* moved = to + p * N;
+            if (!move_head_if<1>(from, moved, past_caches, count, N, decay, input, B_N, C_N, y) &&
+                !move_head_if<2>(from, moved, past_caches, count, N, decay, input, B_N, C_N, y) &&
+                !move_head_if<4>(from, moved, past_caches, count, N, decay, input, B_N, C_N, y) &&
+                !move_head_if<8>(from, moved, past_caches, count, N, decay, input, B_N, C_N, y)) {
+                move_head_any(from, moved, count, N, decay, input, B_N, C_N, y);
+            }
+            for (int64_t i = 0; i < count; ++i) y[i] = (y[i] + weights.D_H[head] * x_P[p + i]) * silu_z_P[p + i];
+            squares += scale_piece(y, norm_P + p, gated_P + p, count);
+        }
+        step.square_BH[row * H + head] = squares;
+    }
+    if (past_caches) order_stores();
+}
+
+void project_out(const DecodeModel& model, const DecodeLayer& weights, const DecodeStep& step, int64_t layer,
+                 const float* next_norm_D, int64_t begin, int64_t end) {
+    const DecodeSizes& sizes = model.sizes;
+    const int64_t D = sizes.d_model, E = sizes.d_inner(), H = sizes.n_heads, L = sizes.n_layer, J = sizes.pieces();
+    float* hidden_D = step.hidden_BLD + layer * D;
+    gemm_table.gemm(weights.out_proj, step.batch, step.gated_BE, E, 1, hidden_D, L * D, nullptr, false, begin, end);
+    const bool last = layer + 1 == L;
+    for (int64_t row = 0; row < step.batch; ++row, hidden_D += L * D) {
+        const float scale = inverse_rms(step.square_BH + row * H, H, E, sizes.norm_eps);
+        const float* before_D = residual(model, step, layer, row);
+        for (int64_t j = begin; j < end; ++j) {
+            const int64_t n = j * kPanel, count = smaller(kPanel, D - n);
+            for (int64_t i = n; i < n + count; ++i) hidden_D[i] = before_D[i] + scale * hidden_D[i];
+            const float* read = hidden_D + n;
+            if (step.logits_BV != nullptr) {
+                float* mixed = step.mixed_BD + row * D + n;
+                mix_piece(read, model.head.fusion_L[layer], layer == 0, mixed, count);
+                if (last) read = mixed;
+            }
+            if (next_norm_D != nullptr) {
+                step.square_BJ[row * J + j] =
+                    scale_piece(read, next_norm_D + n, step.scaled_BD + row * D + n, count);
+            }
+        }
+    }
+}
+
+void mix(const DecodeModel& model, const DecodeStep& step) {
+    const int64_t D = model.sizes.d_model, L = model.sizes.n_layer, J = model.sizes.pieces();
+    for (int64_t row = 0; row < step.batch; ++row) {
+        float* mixed_D = step.mixed_BD + row * D;
+        for (int64_t j = 0; j < J; ++j) {
+            const int64_t n = j * kPanel, count = smaller(kPanel, D - n);
+            for (int64_t layer = 0; layer < L; ++layer) {
+                mix_piece(step.hidden_BLD + (row * L + layer) * D + n, model.head.fusion_L[layer], layer == 0,
+                          mixed_D + n, count);
+            }
+            step.square_BJ[row * J + j] =
+                scale_piece(mixed_D + n, model.head.norm_D + n, step.scaled_BD + row * D + n, count);
+        }
+    }
+}
+
+void project_logits(const DecodeModel& model, const DecodeStep& step, int64_t begin, int64_t end) {
+    const int64_t D = model.sizes.d_model, V = model.sizes.vocab_size, J = model.sizes.pieces();
+    gemm_table.gemm(model.head.lm_head, step.batch, step.scaled_BD, D, 1, step.logits_BV, V, nullptr, false, begin, end);
+    for (int64_t row = 0; row < step.batch; ++row) {
+        const float scale = inverse_rms(step.square_BJ + row * J, J, D, model.sizes.norm_eps);
+        float* logits_V = step.logits_BV + row * V;
+        const int64_t last = smaller(end * kPanel, V);
+        for (int64_t n = begin * kPanel; n < last; ++n) logits_V[n] *= scale;
+    }
+}
+
+}  // namespace
+
+extern const DecodeTable decode_table = {embed, project_in, update_state, project_out, mix, project_logits};
+
+}  // namespace crsm::CRSM_ISA

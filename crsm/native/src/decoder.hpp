@@ -1,0 +1,59 @@
+// The owner of a decoder's weights: packs them, and runs the phases of decode.hpp over the threads.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "decode.hpp"
+#include "pages.hpp"
+
+namespace crsm {
+
+// Weights, packed once, and the scratch of a step. Calls exclude each other.
+class Decoder {
+public:
+    Decoder(const DecodeSizes& sizes, WeightType type, bool has_head);
+
+    const DecodeSizes& sizes() const { return model_.sizes; }
+    bool has_head() const { return has_head_; }
+    // Of everything that a step may read of the weights, the embedding included.
+    int64_t bytes_of_weights() const { return bytes_of_weights_; }
+
+    // Rows of fp32 that the caller keeps alive: a step reads one of them per sequence, so they are not copied.
+    void set_embedding(const float* embedding_VD);
+    struct LayerSource {
+        const float *norm_D, *in_proj_MD, *conv_weight_CK, *conv_bias_C, *dt_bias_H, *A_H, *D_H, *gated_norm_E, *out_proj_DE;
+    };
+    void pack_layer(int64_t layer, const LayerSource& source, int threads);
+    void pack_head(const float* fusion_L, const float* norm_D, const float* lm_head_VD, int threads);
+
+    // Scratch of `step` is filled in here. Tokens must be inside of the vocabulary.
+    void step(DecodeStep step, int threads);
+    // logits_BV of hidden_BLD alone.
+    void logits(int64_t batch, const float* hidden_BLD, float* logits_BV, int threads);
+
+    PagePool& pool() { return pool_; }
+
+private:
+    // Tasks of a phase that are handed out; a cache line each.
+    struct alignas(64) Phase {
+        std::atomic<int64_t> next{0};
+    };
+
+    void reserve(DecodeStep& step);
+    int worthwhile(int64_t batch, bool layers, bool head, int threads) const;
+
+    DecodeModel model_;
+    std::vector<DecodeLayer> layers_;
+    bool has_head_;
+    int64_t bytes_of_weights_ = 0;
+    Pages weights_;
+    Pages scratch_;
+    std::vector<Phase> phases_;
+    PagePool pool_;
+    std::mutex busy_;
+};
+
+}  // namespace crsm
