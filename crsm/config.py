@@ -187,8 +187,11 @@ class SearchConfig(Settings):
     """Root actions that enter sequential halving."""
     gumbel_value_scale: Annotated[float, Field(gt=0)] = 0.1
     gumbel_maxvisit_init: Annotated[float, Field(ge=0)] = 50.0
-    virtual_loss: Annotated[int, Field(ge=0)] = 0
-    """Reserved for several leaves of one tree in flight; 0: one leaf a tree (the reference search)."""
+    leaves: Annotated[int, Field(ge=1, le=65536)] = 1
+    """Leaves of one tree that are evaluated together; 1: the reference search. More need the native core."""
+    virtual_loss: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Visits of value 0 that a leaf in flight puts on its way, so that the next one goes elsewhere; at least 1 with
+    several leaves, without effect with one."""
 
 
 class DeliberationConfig(Settings):

@@ -82,6 +82,11 @@ class LatentDynamics(nn.Module):
         self.decoder_out = nn.Linear(settings.decoder_width, n_layer * d_model)
 
     @property
+    def embedding(self) -> nn.Embedding:
+        """The backbone's."""
+        return self._embedding[0]
+
+    @property
     def read_layers(self) -> tuple[int, ...]:
         return self._layers
 
@@ -94,7 +99,7 @@ class LatentDynamics(nn.Module):
 
     def advance(self, latent: Latent, snapshot: Snapshot, token_B: Tensor) -> tuple[Latent, Tensor]:
         (g_BG,) = latent
-        embedded_BD = self._embedding[0](token_B)
+        embedded_BD = self.embedding(token_B)
         memory = snapshot.memory_BMHPN
         query_BMN = self.query(torch.cat([g_BG, embedded_BD], dim=1)).view(len(g_BG), len(self._layers), -1)
         # h·q per head, as System 1 reads its own memory with C; one query serves all heads of a layer.

@@ -18,10 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crsm import native
 from crsm.config import SearchConfig
-from crsm.latent_dynamics import Latent, Snapshot, WorldModel
+from crsm.latent_dynamics import Latent, LatentDynamics, Snapshot, WorldModel
 from crsm.model import CRSM, Checkpoint
-from crsm.search import Evaluation, SearchSummary, Tree, export_tree, search, summarize
+from crsm.native.latent import LatentNetwork, unfit
+from crsm.search import Evaluation, Evaluator, SearchSummary, Tree, export_tree, search, summarize
+from crsm.search.engines import Engine
+from crsm.search.native import NativeEvaluator
 from crsm.types import Plan, PlanRequest
 
 
@@ -32,6 +36,7 @@ class Future(NamedTuple):
     hidden_FLD: Tensor
     """Imagined residual stream at the target."""
     snapshot: Snapshot
+    """What each future was imagined from; a row per request if the native core computes."""
     assumed_FT: Tensor
     """Assumed tokens between request and target (F, lag)."""
 
@@ -99,7 +104,8 @@ class NetworkEvaluator:
 
 
 class Deliberator:
-    """Answers plan requests, a batch at a time. Holds weights and settings, and no state between calls."""
+    """Answers plan requests, a batch at a time. Holds weights (packed ones too, if the native core computes) and
+    settings, and no state between calls."""
 
     def __init__(
         self,
@@ -114,6 +120,7 @@ class Deliberator:
         world_model: WorldModel | None = None,
         keep_tree: bool = False,
         planner_id: str = "",
+        engine: Engine = "auto",
     ) -> None:
         """
         Args:
@@ -127,12 +134,23 @@ class Deliberator:
             world_model: None: the one that the model's settings name.
             keep_tree: put the search tree into the plans as plain data.
             planner_id: who plans, copied into the plans.
+            engine: ``native``: projection, evaluations and search in C++, or an error; ``python``: nothing of it;
+                ``auto``: what the native core can do, which is all for a latent world model in float32 on the CPU.
+
+        Raises:
+            ValueError: ``engine`` is none of these, or ``native`` and the world model or its weights do not allow it.
+            RuntimeError: ``engine`` is ``native`` and there is no native core.
         """
-        self.model, self.config = model, config
+        if engine not in ("auto", "native", "python"):
+            raise ValueError(f"engine = {engine!r}; allowed: auto, native, python")
+        self.model, self.config, self.engine = model, config, engine
         self.plan_length, self.trust_horizon, self.model_version = plan_length, trust_horizon, model_version
         self.terminal_tokens = frozenset(terminal_tokens)
         self.forced_confidence, self.keep_tree, self.planner_id = forced_confidence, keep_tree, planner_id
         self.world_model = world_model or model.planning_model()
+        self._packed: LatentNetwork | None = None
+        if engine == "native":
+            self._network()
 
     @classmethod
     def from_checkpoint(
@@ -145,6 +163,7 @@ class Deliberator:
         world_model: WorldModel | None = None,
         keep_tree: bool = False,
         planner_id: str = "",
+        engine: Engine = "auto",
     ) -> Deliberator:
         """The deliberator that a checkpoint describes, with other settings where they are given."""
         return cls(
@@ -158,6 +177,7 @@ class Deliberator:
             world_model=world_model,
             keep_tree=keep_tree,
             planner_id=planner_id,
+            engine=engine,
         )
 
     @torch.inference_mode()
@@ -194,18 +214,10 @@ class Deliberator:
         should_stop: Callable[[], bool] | None,
     ) -> list[list[Plan]]:
         started = clock()
-        known_B = torch.tensor([request.token for request in requests])
-        future = project(self.model, self.world_model, stack_snapshots(requests), known_B, lag, hypotheses)
+        budget = max(request.simulations for request in requests)
+        future, evaluator = self._imagine(requests, lag, hypotheses, budget + 1)
         futures = len(future.hidden_FLD) // len(requests)
         budget_F = np.repeat([request.simulations for request in requests], futures)
-        evaluator = NetworkEvaluator(
-            self.model,
-            self.world_model,
-            future,
-            self.config.num_actions,
-            int(budget_F.max()) + 1,
-            self.terminal_tokens,
-        )
         deadlines = [request.deadline for request in requests if request.deadline is not None]
         tree = search(
             evaluator,
@@ -219,10 +231,48 @@ class Deliberator:
             deadline=min(deadlines, default=None),
             clock=clock,
             should_stop=should_stop,
+            engine=self.engine,
         )
         summary = summarize(tree, max_length=min(self.plan_length, tree.max_depth))
         plans = self._write(requests, future, futures, summary, tree, clock() - started)
         return [plans[start : start + futures] for start in range(0, len(plans), futures)]
+
+    def _imagine(
+        self, requests: list[PlanRequest], lag: int, hypotheses: int, slots: int
+    ) -> tuple[Future, Evaluator | NativeEvaluator]:
+        """Projects, and makes what the search asks."""
+        snapshot = stack_snapshots(requests)
+        known_B = torch.tensor([request.token for request in requests])
+        actions, network = self.config.num_actions, self._network()
+        if network is None:
+            future = project(self.model, self.world_model, snapshot, known_B, lag, hypotheses)
+            evaluator = NetworkEvaluator(self.model, self.world_model, future, actions, slots, self.terminal_tokens)
+            return future, evaluator
+        memory = network.memory(snapshot.memory_BMHPN.numpy())
+        found = network.project(memory, snapshot.hidden_BLD.numpy(), known_B.numpy(), lag, hypotheses)
+        latent_FG, hidden_FLD, assumed_FT = map(torch.from_numpy, (found.latent_FG, found.hidden_FLD, found.assumed_FT))
+        return Future((latent_FG,), hidden_FLD, snapshot, assumed_FT), network.evaluator(
+            memory, found, actions, self.terminal_tokens
+        )
+
+    def _network(self) -> LatentNetwork | None:
+        """The packed weights, made again when the model's have changed; None: Python computes."""
+        if self.engine == "python" or (self.engine == "auto" and not native.available()):
+            return None
+        native.require()
+        model, world_model = self.model, self.world_model
+        if not isinstance(world_model, LatentDynamics) or world_model.embedding is not model.backbone.embedding:
+            reason = f"world model = {type(world_model).__name__}"
+        elif self._packed is not None and self._packed.is_current(model, world_model):
+            return self._packed
+        else:
+            reason = unfit(model, world_model)
+            self._packed = None if reason else LatentNetwork.from_model(model, world_model)
+        if reason and self.engine == "native":
+            raise ValueError(
+                f"engine = 'native', {reason}; allowed: a LatentDynamics of this model, float32 on the cpu"
+            )
+        return None if reason else self._packed
 
     def _depth(self, lag: int) -> int:
         """Depth of the search: what is left of the trust horizon after the projection, at least one token."""

@@ -29,8 +29,8 @@ class Evaluation:
     """Value of the node according to each layer, in [0, 1]. `[B, L]` float32"""
 
 
-class Evaluator(Protocol):
-    """A network that evaluates one leaf of every tree per call."""
+class TreeShape(Protocol):
+    """The sizes that an evaluator, in Python or native, declares."""
 
     @property
     def num_trees(self) -> int:
@@ -46,6 +46,15 @@ class Evaluator(Protocol):
     def num_layers(self) -> int:
         """L."""
         ...
+
+
+class Evaluator(TreeShape, Protocol):
+    """A network that evaluates one leaf of every tree per call.
+
+    Two more methods are used where they are there. ``expand_rows(tree_R, parent_R, action_R, node_R)`` evaluates
+    several leaves of a tree in one call; the arrays of what it returns have a row per leaf. ``remap(new_from_old_BS,
+    slots)`` makes the latents follow a tree that is used again, see ``crsm.search.reroot``.
+    """
 
     def root(self) -> Evaluation:
         """Evaluates the root of every tree, and keeps its latent in node slot 0."""

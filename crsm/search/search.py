@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from crsm.search.consensus import consensus
-from crsm.search.evaluator import Evaluator, check_evaluation
+from crsm.search.evaluator import Evaluator, TreeShape, check_evaluation
 from crsm.search.gumbel import sample_gumbel
 from crsm.search.numerics import BoolArray, FloatArray, TokenArray, softmax
 from crsm.search.policies import Policy, make_policy
@@ -70,6 +70,61 @@ def search(
         ValueError: An argument is out of range, or the evaluator returned something that is not an evaluation (the
             message names the tree and the layer). What the evaluator itself raises passes through unchanged.
     """
+    given = check_arguments(
+        evaluator, settings, consensus_weights_L, uncertainty_penalty, terminal_tokens, max_depth, seed, simulations
+    )
+    if settings.leaves > 1:
+        raise ValueError(f"leaves = {settings.leaves}; allowed without the native core: 1")
+    root = evaluator.root()
+    check_evaluation(root, evaluator, np.arange(evaluator.num_trees))
+    budget_B = given.budget_B
+    num_simulations = int(budget_B.max())
+    tree = new_tree(
+        root,
+        num_simulations=num_simulations,
+        max_depth=given.max_depth,
+        consensus_weights_L=given.weights_L,
+        uncertainty_penalty=uncertainty_penalty,
+        root_actions_BA=root_actions_by_prior_mass(root.prior_logits_BA, settings.root_prior_mass),
+        root_gumbel_BA=given.root_gumbel_BA,
+    )
+    policy = make_policy(tree, settings, budget_B.astype(np.int32))
+    for simulation in range(num_simulations):
+        if (should_stop is not None and should_stop()) or (deadline is not None and clock() >= deadline):
+            break
+        trees = np.flatnonzero(budget_B > simulation)
+        paths = simulate(tree, policy, trees, simulation + 1)
+        expand(tree, evaluator, paths, simulation + 1, given.terminal_tokens)
+        backward(tree, paths)
+        tree.num_simulations_B[trees] += 1
+    return tree
+
+
+class Arguments(NamedTuple):
+    """The arguments of a search, checked, as arrays."""
+
+    weights_L: FloatArray
+    budget_B: TokenArray
+    root_gumbel_BA: FloatArray
+    max_depth: int
+    terminal_tokens: TokenArray
+
+
+def check_arguments(
+    evaluator: TreeShape,
+    settings: SearchConfig,
+    consensus_weights_L: ArrayLike,
+    uncertainty_penalty: float,
+    terminal_tokens: Sequence[int],
+    max_depth: int | None,
+    seed: int | ArrayLike,
+    simulations: int | ArrayLike | None,
+) -> Arguments:
+    """What every engine makes of the arguments of ``search``, root noise included.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it, its value and what is allowed.
+    """
     batch = evaluator.num_trees
     if batch < 1:
         raise ValueError(f"num_trees = {batch}; allowed: at least 1")
@@ -79,36 +134,18 @@ def search(
     depth_cap = settings.max_depth if max_depth is None else min(settings.max_depth, max_depth)
     if depth_cap < 1:
         raise ValueError(f"max_depth = {depth_cap}; allowed: at least 1")
-    if settings.virtual_loss:
-        raise ValueError(f"virtual_loss = {settings.virtual_loss}; allowed in a search of one leaf per tree: 0")
+    if settings.leaves > 1 and not settings.virtual_loss:
+        raise ValueError(f"virtual_loss = 0; allowed with leaves = {settings.leaves}: at least 1")
     if not 0.0 <= uncertainty_penalty < np.inf:
         raise ValueError(f"uncertainty_penalty = {uncertainty_penalty}; allowed: finite, at least 0")
-    terminal = np.asarray(terminal_tokens, np.int64)
-
-    root = evaluator.root()
-    check_evaluation(root, evaluator, np.arange(batch))
-    num_simulations = int(budget_B.max())
-    tree = new_tree(
-        root,
-        num_simulations=num_simulations,
+    noise = settings.gumbel_scale if settings.policy == "gumbel" else 0.0
+    return Arguments(
+        weights_L=weights_L,
+        budget_B=budget_B,
+        root_gumbel_BA=sample_gumbel(seed_B, evaluator.num_actions, noise),
         max_depth=depth_cap,
-        consensus_weights_L=weights_L,
-        uncertainty_penalty=uncertainty_penalty,
-        root_actions_BA=root_actions_by_prior_mass(root.prior_logits_BA, settings.root_prior_mass),
-        root_gumbel_BA=sample_gumbel(
-            seed_B, evaluator.num_actions, settings.gumbel_scale if settings.policy == "gumbel" else 0.0
-        ),
+        terminal_tokens=np.array(terminal_tokens, np.int64),
     )
-    policy = make_policy(tree, settings, budget_B.astype(np.int32))
-    for simulation in range(num_simulations):
-        if (should_stop is not None and should_stop()) or (deadline is not None and clock() >= deadline):
-            break
-        trees = np.flatnonzero(budget_B > simulation)
-        paths = simulate(tree, policy, trees, simulation + 1)
-        expand(tree, evaluator, paths, simulation + 1, terminal)
-        backward(tree, paths)
-        tree.num_simulations_B[trees] += 1
-    return tree
 
 
 class Paths(NamedTuple):

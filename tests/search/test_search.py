@@ -256,9 +256,14 @@ def test_bad_arguments_are_refused_by_name(arguments: dict, message: str) -> Non
         run(HashEvaluator([1, 2], 4, 2), SearchConfig(), **arguments)
 
 
-def test_several_leaves_in_flight_are_refused_not_ignored() -> None:
-    with pytest.raises(ValueError, match="virtual_loss = 3; allowed"):
-        run(HashEvaluator([1], 4, 2), SearchConfig(virtual_loss=3))
+def test_virtual_loss_has_no_effect_on_one_leaf_at_a_time() -> None:
+    trees = [run(HashEvaluator([1], 4, 2), SearchConfig(virtual_loss=loss)) for loss in (0, 3)]
+    assert_same_tree(*trees)
+
+
+def test_several_leaves_without_virtual_loss_are_refused() -> None:
+    with pytest.raises(ValueError, match="virtual_loss = 0; allowed with leaves = 2: at least 1"):
+        run(HashEvaluator([1], 4, 2), SearchConfig(leaves=2))
 
 
 # Ends of a text, and the depth cap ------------------------------------------------------------------------------------

@@ -9,5 +9,7 @@ void bind_decode(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_mixer(nanobind::module_& m);
 void bind_scan(nanobind::module_& m);
+void bind_search(nanobind::module_& m);
+void bind_latent(nanobind::module_& m);
 
 }  // namespace crsm

@@ -23,4 +23,6 @@ NB_MODULE(_crsm_native, m) {
     crsm::bind_linear(m);
     crsm::bind_mixer(m);
     crsm::bind_scan(m);
+    crsm::bind_search(m);
+    crsm::bind_latent(m);
 }

@@ -1,10 +1,12 @@
 // The search's view of the network: what crsm/search/evaluator.py is in Python, by rows instead of one leaf per tree.
 //
-// B trees, A children per node, L layers, R rows of a call. The tree holds statistics only; what the network remembers
-// of a node stays with the evaluator, in a store indexed by (tree, node slot).
+// B trees, A children per node, L layers, S node slots, R rows of a call. The tree holds statistics only; what the
+// network remembers of a node stays with the evaluator, in a store indexed by (tree, node slot).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <stdexcept>
 
 namespace crsm::search {
 
@@ -41,8 +43,21 @@ public:
     // Evaluates `count` ≥ 1 leaves. Several may belong to one tree; none is another one's parent.
     virtual void expand(const Leaf* leaves, int64_t count, const EvaluationRows& out) = 0;
 
+    // Takes over the latents of a tree that is used again. Slot `old` of tree b moves to slot
+    // new_from_old_BS[b · old_slots + old], which is never higher; -1: it is dropped. Afterwards there is room for
+    // `slots` nodes per tree. Called instead of `reserve` and `root`.
+    virtual void remap(const int64_t* new_from_old_BS, int64_t old_slots, int64_t slots) {
+        (void)new_from_old_BS, (void)old_slots, (void)slots;
+        throw std::invalid_argument("evaluator: it cannot move its latents; allowed: a search without `reuse`");
+    }
+
     // Bytes that the latents of one tree take with that many slots.
     virtual int64_t bytes_per_tree(int64_t slots) const = 0;
+
+    // Set by the search while it runs. `expand` may look at it between parts of a long batch and return early: what it
+    // wrote is then not used.
+    const std::atomic<bool>* cancel_flag = nullptr;
+    bool cancelled() const { return cancel_flag != nullptr && cancel_flag->load(std::memory_order_relaxed); }
 };
 
 }  // namespace crsm::search
