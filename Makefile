@@ -14,7 +14,8 @@ COMMA := ,
 DEFAULT := not slow and not gpu and not browser
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu test-browser native-asan native-tsan bench lint format constraints clean distclean
+.PHONY: help setup demo test test-slow test-gpu test-browser native-asan native-tsan bench bench-speed llama-bench \
+	gpu-checks lint format constraints clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -83,6 +84,18 @@ bench: setup ## System 1 against System 2 with all controls; results in runs/ben
 		--json runs/bench/path_star.json
 	$(BIN)/python -m jobs.benchmark_reasoning --checkpoint nano --task tree_path --problems 500 --lag 1 --seed 7 \
 		--json runs/bench/tree_path.json
+
+bench-speed: setup llama-bench ## search, training and decoding beside mctx, transformers and llama.cpp; results in runs/bench
+	@$(PIP) install -c constraints.txt mctx jax jaxlib || echo "without mctx: its rows will say so"
+	for what in search train decode; do \
+		$(BIN)/python -m jobs.benchmark_speed $$what --json runs/bench/speed_$$what.json || exit 1; \
+	done
+
+llama-bench: setup ## build llama.cpp's benchmark, and models for it, into build/llama (some minutes, 2 GB)
+	$(BIN)/python -m jobs.speed.build_llama_bench || echo "without llama.cpp: its rows will say so"
+
+gpu-checks: ## where a CUDA device is: build mamba-ssm, run the tests for a GPU, measure beside mamba-ssm
+	scripts/gpu_checks.sh
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check --quiet .

@@ -11,7 +11,7 @@ Letters: B batch, T time, L layers, D d_model, H heads, P head dimension, N d_st
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from crsm.config import BackboneConfig
 from crsm.kernels import Kernels, reference, select_kernels
+from crsm.kernels.module import KernelModule
 from crsm.types import LayerState, ModelState, StepOutput
 
 
@@ -51,12 +52,12 @@ def _count_changes(segment_BT: Tensor) -> Tensor:
     return F.pad(segment_BT[:, 1:] != segment_BT[:, :-1], (1, 0)).cumsum(dim=1)
 
 
-class Mixer(nn.Module):
+class Mixer(KernelModule):
     """One Mamba-2 mixer: projection, short convolution, state-space recurrence, gate, projection."""
 
     def __init__(self, config: BackboneConfig, kernels: Kernels) -> None:
-        super().__init__()
-        self.config, self.kernels = config, kernels
+        super().__init__(kernels)
+        self.config = config
         inner, heads, channels = config.d_inner, config.n_heads, config.conv_channels
         # Order of the projection: [z, x, B, C, dt]; x, B and C pass through the convolution together.
         self.in_proj = nn.Linear(config.d_model, inner + channels + heads, bias=False)
@@ -70,13 +71,6 @@ class Mixer(nn.Module):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
         self.norm = GatedRMSNorm(inner, config.norm_eps)
         self.out_proj = nn.Linear(inner, config.d_model, bias=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Kernels are a module, which can be neither copied nor pickled: they travel by name.
-        return self.__dict__ | {"kernels": self.kernels.NAME}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | {"kernels": select_kernels(state["kernels"])})
 
     def forward(self, x_BTD: Tensor, state: LayerState, segment_BT: Tensor | None) -> tuple[Tensor, LayerState]:
         y_BTE, conv_BCK, ssm_BHPN = self.kernels.mixer(

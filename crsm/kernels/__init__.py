@@ -1,7 +1,8 @@
 """The Mamba-2 recurrence behind one interface: modules with the functions of :mod:`crsm.kernels.reference`.
 
-``reference`` is the definition in plain PyTorch, for every device and type; ``native`` is C++ for CPU. The best that
-there is gets chosen; ``CRSM_KERNELS`` in the environment names another one.
+``reference`` is the definition in plain PyTorch, for every device and type; ``native`` is C++ for CPU; ``cuda`` wraps
+``mamba-ssm`` and ``causal-conv1d``. The best that there is gets chosen; ``CRSM_KERNELS`` in the environment names
+another one. All take tensors of every device and type, and hand what they cannot do to one another.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from crsm.kernels import native, reference
+from crsm.kernels import cuda, native, reference
 from crsm.native import MISSING, available
 
 
@@ -72,16 +73,28 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-KERNELS: dict[str, Kernels] = {reference.NAME: reference, native.NAME: native}
+KERNELS: dict[str, Kernels] = {reference.NAME: reference, native.NAME: native, cuda.NAME: cuda}
 """All that this package has; what of it runs on this machine, :func:`select_kernels` knows."""
 
-_PREFERENCE = (native.NAME, reference.NAME)
+_PREFERENCE = (cuda.NAME, native.NAME, reference.NAME)
 """The best first."""
 
 
 def _missing(name: str) -> str:
     """Why these kernels cannot be used; empty if they can."""
+    if name == cuda.NAME:
+        return cuda.missing()
     return f"no native core: {MISSING}" if name == native.NAME and not available() else ""
+
+
+def cpu_kernels() -> Kernels:
+    """The best kernels for tensors on the CPU."""
+    return native if available() else reference
+
+
+def restore_kernels(name: str) -> Kernels:
+    """The kernels that a model was saved with, or the best of this machine if it lacks them."""
+    return select_kernels(None if _missing(name) else name)
 
 
 def select_kernels(name: str | None = None) -> Kernels:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from crsm.kernels import Kernels, select_kernels
+from crsm.kernels import Kernels, restore_kernels, select_kernels
 
 
 class KernelModule(nn.Module):
@@ -24,7 +24,7 @@ class KernelModule(nn.Module):
         return self.__dict__ | {"kernels": self.kernels.NAME}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | {"kernels": select_kernels(state["kernels"])})
+        super().__setstate__(state | {"kernels": restore_kernels(state["kernels"])})
 
     def dense(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """``layer(x)`` on the kernels; (…, I) to (…, O)."""

@@ -1,0 +1,259 @@
+"""Speed of the search: simulations a second beside mctx with the same network, and what one deliberation takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from crsm.config import SearchConfig
+from crsm.latent_dynamics import Snapshot, take_snapshot
+from crsm.model import CRSM, Checkpoint, load_checkpoint
+from crsm.reasoning import Deliberator
+from crsm.types import PlanRequest
+from jobs.speed.peers.mctx import MctxPeer
+from jobs.speed.peers.process import PeerError
+from jobs.speed.roofline import Roofline
+from jobs.speed.rows import Row, make_row
+from jobs.speed.shapes import SMALL, TINY, Shape, build
+from jobs.speed.timing import interleave, median, percentile, rates, timed
+
+if TYPE_CHECKING:
+    from jobs.command import Progress
+
+TOLERANCE = 1e-3
+"""Largest difference between the two networks, logits and values, before the comparison is called one of unlike ones:
+fp32 sums in another order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One comparison with mctx."""
+
+    shape: Shape
+    width: int
+    """G"""
+    trees: int
+    simulations: int = 64
+    num_actions: int = 16
+    """A of ours; mctx expands all V."""
+
+    @property
+    def name(self) -> str:
+        trees = "1 tree" if self.trees == 1 else f"{self.trees} trees"
+        return (
+            f"search, {trees}, {self.simulations} simulations, V = {self.shape.vocab_size}, top "
+            f"{min(self.num_actions, self.shape.vocab_size)}"
+        )
+
+
+CASES = (
+    Case(SMALL, 256, 1),
+    Case(SMALL, 256, 64),
+    Case(replace(SMALL, vocab_size=32), 256, 16),
+)
+QUICK_CASES = (Case(TINY, 16, 1, simulations=4, num_actions=4), Case(TINY, 16, 3, simulations=4, num_actions=4))
+
+
+def search_rows(
+    roofline: Roofline, *, seed: int, peer_python: str, checkpoint: str, progress: Progress, quick: bool = False
+) -> list[Row]:
+    """All rows of ``benchmark_speed search``."""
+    rows: list[Row] = []
+    cases = QUICK_CASES if quick else CASES
+    jobs: list[Callable[[], list[Row]]] = [partial(_compare, case, roofline, seed, peer_python) for case in cases]
+    loaded = load_checkpoint(checkpoint)
+    jobs.append(lambda: _latency(loaded, roofline, seed, 10 if quick else 200))
+    jobs.append(lambda: _virtual_loss(loaded, roofline, seed, quick))
+    for number, job in enumerate(jobs):
+        progress.update(number)
+        rows += job()
+    progress.update(len(jobs))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------- beside mctx
+
+
+def _compare(case: Case, roofline: Roofline, seed: int, python: str) -> list[Row]:
+    model = build(case.shape, seed, width=case.width)
+    settings = SearchConfig(
+        policy="puct",
+        q_transform="minmax",  # mctx's
+        simulations=case.simulations,
+        num_actions=min(case.num_actions, case.shape.vocab_size),
+        max_depth=case.simulations,
+    )
+    deliberator = Deliberator(model, settings, plan_length=4, terminal_tokens=())
+    snapshot, token_B = random_roots(model, case.trees, seed)
+    requests = requests_of(snapshot, token_B, case.simulations)
+    total = case.trees * case.simulations
+    candidates = {"ours": timed(lambda: deliberator(requests))}
+    figures: dict[str, Any] = {"trees": case.trees, "simulations": case.simulations}
+    note = None
+    with ExitStack() as stack:
+        try:
+            peer = stack.enter_context(MctxPeer(python, model, roofline.threads))
+            figures["peer_versions"] = peer.versions
+            difference = network_difference(model, peer, snapshot, seed)
+            figures["network_difference"] = difference
+            if not difference <= TOLERANCE:
+                raise PeerError(f"its network differs from ours by {difference:.2g}; allowed: {TOLERANCE}")
+            note = f"mctx expands all {case.shape.vocab_size} actions; the two networks differ by {difference:.1e}"
+            peer.prepare(snapshot, token_B, case.simulations, case.simulations)
+            candidates["peer"] = peer.search
+        except PeerError as error:
+            candidates.pop("peer", None)
+            note = f"without mctx: {error}"
+        seconds = interleave(candidates, repeats=5 if case.trees > 1 else 9, warm_up=2)
+    multiply_adds, weight_bytes = network_cost(model)
+    row = make_row(
+        case.name,
+        "simulations/s",
+        roofline.threads,
+        rates(seconds["ours"], total),
+        peer_name="mctx",
+        peer=rates(seconds.get("peer", ()), total),
+        limit=roofline.products_per_second(multiply_adds, weight_bytes, case.trees),
+        limit_by="the network's matrix products and reads",
+        note=note,
+        **figures,
+    )
+    return [row]
+
+
+def network_difference(model: CRSM, peer: MctxPeer, snapshot: Snapshot, seed: int, steps: int = 3) -> float:
+    """Largest difference of logits and consensus values between our network and the peer's, along some tokens."""
+    vocabulary = model.config.model.backbone.vocab_size
+    batch = len(snapshot.hidden_BLD)
+    tokens_BT = np.random.default_rng(seed).integers(vocabulary, size=(batch, steps))
+    logits_BTV, values_BT = peer.advance(snapshot, tokens_BT)
+    worst = 0.0
+    with torch.inference_mode():
+        latent = model.world_model.begin(snapshot)
+        for position in range(steps):
+            latent, hidden_BLD = model.world_model.advance(latent, snapshot, torch.from_numpy(tokens_BT[:, position]))
+            mine_BV = model.logits(hidden_BLD).numpy()
+            mine_B = model.critic.consensus(model.critic(hidden_BLD)).numpy()
+            worst = max(worst, float(np.abs(mine_BV - logits_BTV[:, position]).max()))
+            worst = max(worst, float(np.abs(mine_B - values_BT[:, position]).max()))
+    return worst
+
+
+def network_cost(model: CRSM) -> tuple[float, float]:
+    """Multiply-adds of one simulation (the world model's step, the memory reads, the head), and bytes of weights."""
+    world, backbone = model.world_model, model.config.model.backbone
+    layers = (world.query, world.read, world.decoder_linear, world.decoder_in, world.decoder_out, model.lm_head)
+    weights = sum(layer.weight.numel() for layer in layers)
+    weights += world.cell.weight_ih.numel() + world.cell.weight_hh.numel()
+    memory = len(world.read_layers) * backbone.d_inner * backbone.d_state
+    return float(weights + memory), 4.0 * weights
+
+
+def random_roots(model: CRSM, count: int, seed: int, length: int = 24) -> tuple[Snapshot, np.ndarray]:
+    """Snapshots after random prompts, and the token that follows each."""
+    vocabulary = model.config.model.backbone.vocab_size
+    tokens_BT = np.random.default_rng(seed).integers(vocabulary, size=(count, length + 1))
+    with torch.inference_mode():
+        _, hidden_BLD, state = model.prefill(torch.from_numpy(tokens_BT[:, :-1]))
+        return take_snapshot(hidden_BLD, state, model.world_model), tokens_BT[:, -1]
+
+
+def requests_of(snapshot: Snapshot, token_B: np.ndarray, simulations: int) -> list[PlanRequest]:
+    """A synchronous plan request (lag 0) for every root."""
+    return [
+        PlanRequest(
+            request_id=row,
+            generation_id=f"speed-{row}",
+            position=24,
+            target=24,
+            token=int(token_B[row]),
+            hidden_LD=snapshot.hidden_BLD[row].numpy(),
+            ssm_LHPN=snapshot.memory_BMHPN[row].numpy(),
+            simulations=simulations,
+            seed=row,
+        )
+        for row in range(len(token_B))
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- latency
+
+
+def _latency(checkpoint: Checkpoint, roofline: Roofline, seed: int, repeats: int) -> list[Row]:
+    """One deliberation at a time, projection and writing included: what stands between a request and its plan."""
+    model = checkpoint.model
+    deliberator = Deliberator.from_checkpoint(checkpoint)
+    simulations = 64
+    snapshot, token_B = random_roots(model, 16, seed)
+    requests = requests_of(snapshot, token_B, simulations)
+    turn = 0
+
+    def deliberate() -> None:
+        nonlocal turn
+        turn += 1
+        deliberator([requests[turn % len(requests)]])
+
+    milliseconds = [1e3 * value for value in interleave({"ours": timed(deliberate)}, repeats, warm_up=5)["ours"]]
+    multiply_adds, weight_bytes = network_cost(model)
+    fastest = 1e3 * simulations / roofline.products_per_second(multiply_adds, weight_bytes)
+    return [
+        make_row(
+            f"deliberation, shipped checkpoint, 1 tree, {simulations} simulations, memory reads",
+            "ms",
+            roofline.threads,
+            milliseconds,
+            limit=fastest,
+            limit_by="the network's matrix products and reads",
+            higher_is_better=False,
+            note=f"95th percentile {percentile(milliseconds, 0.95):.3g} ms",
+            percentile_95=percentile(milliseconds, 0.95),
+        )
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ virtual loss
+
+
+def _virtual_loss(checkpoint: Checkpoint, roofline: Roofline, seed: int, quick: bool) -> list[Row]:
+    """What several leaves per tree cost in the choice of actions and bring in speed, where the search offers them."""
+    model = checkpoint.model
+    batch, simulations = (4, 8) if quick else (64, 64)
+    snapshot, token_B = random_roots(model, batch, seed)
+    requests = requests_of(snapshot, token_B, simulations)
+    one = Deliberator.from_checkpoint(checkpoint)
+    want = [plan.line for plan in one(requests)]
+    rows = []
+    for leaves in (4, 8):
+        settings = one.config.model_copy(update={"virtual_loss": leaves})
+        several = Deliberator.from_checkpoint(checkpoint, search=settings)
+        name = f"search, shipped checkpoint, 1 tree, {leaves} leaves in flight"
+        try:
+            lines = [plan.line for plan in several(requests)]
+        except ValueError as error:
+            rows.append(make_row(name, "simulations/s", roofline.threads, (), note=f"not offered: {error}"))
+            continue
+        together = {key: timed(partial(made, requests[:1])) for key, made in (("one", one), ("several", several))}
+        seconds = interleave(together, repeats=5 if quick else 30)
+        same = float(np.mean([a == b for a, b in zip(lines, want, strict=True)]))
+        first = float(np.mean([a[:1] == b[:1] for a, b in zip(lines, want, strict=True)]))
+        speed, base = (rates(seconds[key], simulations) for key in ("several", "one"))
+        gain = (median(speed) or 0.0) / (median(base) or 1.0)
+        rows.append(
+            make_row(
+                name,
+                "simulations/s",
+                roofline.threads,
+                speed,
+                note=f"{gain:.2f} × one leaf; same line in {same:.0%}, first token in {first:.0%} of {batch}",
+                over_one_leaf=gain,
+                same_line=same,
+                same_first_token=first,
+            )
+        )
+    return rows
