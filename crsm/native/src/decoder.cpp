@@ -1,6 +1,7 @@
 #include "decoder.hpp"
 
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -87,6 +88,19 @@ void share(std::atomic<int64_t>& next, int64_t total, int members, F&& body) {
 
 }  // namespace
 
+int TeamChoice::next(int64_t kind, int wanted) {
+    if (kind != kind_) *this = TeamChoice();
+    kind_ = kind;
+    const bool team_is_faster = alone_ == 0 || (team_ > 0 && team_ <= alone_);
+    const bool trial = steps_++ % kTrialEvery == 2;
+    return team_is_faster != trial ? wanted : 1;
+}
+
+void TeamChoice::took(int members, double seconds) {
+    double& mean = members == 1 ? alone_ : team_;
+    mean = mean == 0 ? seconds : mean + kNewest * (seconds - mean);
+}
+
 Decoder::Decoder(const DecodeSizes& sizes, WeightType type, bool has_head) : has_head_(has_head) {
     model_.sizes = sizes;
     layers_.resize(static_cast<size_t>(sizes.n_layer));
@@ -168,7 +182,10 @@ void Decoder::step(DecodeStep step, int threads) {
     const int64_t phases = 3 * sizes.n_layer + 1;
     if (phases_.size() < static_cast<size_t>(phases)) phases_ = std::vector<Phase>(static_cast<size_t>(phases));
     for (Phase& phase : phases_) phase.next.store(0, std::memory_order_relaxed);
-    const int members = worthwhile(step.batch, true, head, threads);
+    int members = worthwhile(step.batch, true, head, threads);
+    const bool chosen = members > 1;
+    if (chosen) members = choice_.next(2 * step.batch + (head ? 1 : 0), members);
+    const auto start = std::chrono::steady_clock::now();
     Barrier whole(members), alone(1);
     parallel_team(members, [&](int, int present) {
         Barrier& barrier = present == 1 ? alone : whole;
@@ -194,6 +211,9 @@ void Decoder::step(DecodeStep step, int threads) {
                   [&](int64_t begin, int64_t end) { table.project_logits(model_, step, begin, end); });
         }
     });
+    if (chosen) {
+        choice_.took(members, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
 }
 
 void Decoder::logits(int64_t batch, const float* hidden_BLD, float* logits_BV, int threads) {

@@ -12,6 +12,23 @@
 
 namespace crsm {
 
+// One thread or all: whichever has been faster lately, with a trial of the other now and then. A team whose processors are
+// wanted by others (planners, say) waits for its slowest member at every barrier and can be slower than one thread alone.
+// The results are the same bits.
+class TeamChoice {
+public:
+    // Members of the next step. Steps of another kind (a batch size, say) are counted anew.
+    int next(int64_t kind, int wanted);
+    void took(int members, double seconds);
+
+private:
+    static constexpr int64_t kTrialEvery = 32;
+    static constexpr double kNewest = 0.25;  // weight of the newest step in the running mean
+
+    int64_t kind_ = -1, steps_ = 0;
+    double alone_ = 0, team_ = 0;  // seconds; 0: not known yet
+};
+
 // Weights, packed once, and the scratch of a step. Calls exclude each other.
 class Decoder {
 public:
@@ -54,6 +71,7 @@ private:
     Pages weights_;
     Pages scratch_;
     std::vector<Phase> phases_;
+    TeamChoice choice_;
     std::shared_ptr<PagePool> pool_ = std::make_shared<PagePool>();
     std::mutex busy_;
 };
