@@ -4,8 +4,7 @@ Tensors that the C++ does not take (another device, bfloat16, mixed types) are p
 that a model may be moved or converted at any time. Results do not depend on the number of threads, which is that of
 PyTorch (``torch.set_num_threads``), nor on the other rows of a batch.
 
-Gradients are of first order; they cannot be differentiated again. Each autograd function has the arguments of
-the function that it serves; what it saves and how gradients are summed is said there.
+Gradients are of first order: they cannot be differentiated again.
 """
 
 from __future__ import annotations
@@ -347,10 +346,10 @@ class _Mixer(Function):
         z, xBC, dt = reference.split_projection(_rows(zxBCdt_BTI), ssm_BHPN)
         weights = [_dense(t) for t in (conv_weight_CK, conv_bias_C, dt_bias_H, A_H, D_H, norm_weight_E)]
         state = _dense(ssm_BHPN)
-        mixed, new_BCK = torch.empty_like(xBC, memory_format=torch.contiguous_format), torch.empty_like(conv_BCK)
+        mixed, new_BCK = xBC.new_empty(xBC.shape), xBC.new_empty(conv_BCK.shape)
         core.conv_forward(xBC, *weights[:2], _dense(conv_BCK), segment_BT, True, mixed, new_BCK, threads)
         x, B, C = reference.split_mixed(mixed, ssm_BHPN)
-        y_BTE, last_BHPN = torch.empty_like(z, memory_format=torch.contiguous_format), torch.empty_like(state)
+        y_BTE, last_BHPN = z.new_empty(z.shape), torch.empty_like(state)
         kept = _kept_states(x, state, chunk_size) if any(ctx.needs_input_grad) else None
         core.scan_forward(
             *(x, dt, weights[3], B, C, weights[4], weights[2], state, segment_BT, chunk_size),
@@ -370,7 +369,7 @@ class _Mixer(Function):
         zxBCdt_BTI, *weights, window, state, segment_BT, mixed, y_BTE, kept = ctx.saved_tensors
         core, threads = require(), torch.get_num_threads()
         z, xBC, dt = reference.split_projection(_rows(zxBCdt_BTI), state)
-        dzxBCdt_BTI = torch.empty_like(zxBCdt_BTI, memory_format=torch.contiguous_format)
+        dzxBCdt_BTI = zxBCdt_BTI.new_empty(zxBCdt_BTI.shape)
         dz, dxBC, ddt = reference.split_projection(dzxBCdt_BTI, state)
         dweights = [torch.empty_like(t) for t in weights]
         dy, dmixed = torch.empty_like(y_BTE), torch.empty_like(mixed)

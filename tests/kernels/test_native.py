@@ -199,6 +199,19 @@ def test_strided_inputs_are_read_in_place_and_unordered_ones_too() -> None:
     assert_close(native.linear(x, matrix), x @ matrix.T, TOLERANCE[torch.float32])
 
 
+def test_states_and_gradients_of_any_layout_are_taken() -> None:
+    """States whose axes were permuted in memory, and the gradient of a sum, which is one number seen many times."""
+    tensors = [tensor.float() for tensor in mixer_inputs(0, 2, 9, 2, 8, 5, 4)]
+    turned = [*tensors[:7], *(tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in tensors[7:])]
+    assert not turned[8].is_contiguous()
+    found = []
+    for inputs in (tensors, turned):
+        leaves = [tensor.requires_grad_() for tensor in inputs]
+        y, window, state = run_mixer(native, leaves, 64, None)
+        found.append(torch.autograd.grad(y.sum() + window.sum() + state.sum(), leaves))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
 # Finite differences ---------------------------------------------------------------------------------------------------
 
 
