@@ -84,12 +84,15 @@ class LatentNetwork:
         return int(self._weights.bytes)
 
     def memory(self, memory_BMHPN: np.ndarray, threads: int = 0) -> Any:
-        """Packs the SSM memories of some snapshots, for reading; they are copied.
+        """Checks the SSM memories of some snapshots. The array is kept and read, not copied; leave it as it is.
+
+        Args:
+            memory_BMHPN: as in a ``Snapshot``. Shape `[B, M, H, P, N]`, float32.
 
         Raises:
             ValueError: wrong shape or type, or NaN or infinity; the snapshot and the read layer are named.
         """
-        return self._core.latent_memory(self._weights, np.ascontiguousarray(memory_BMHPN), threads)
+        return self._core.latent_memory(self._weights, _plain(memory_BMHPN), threads)
 
     def project(
         self,
@@ -112,7 +115,7 @@ class LatentNetwork:
         Raises:
             ValueError: an argument has a wrong shape or type, or is out of range.
         """
-        hidden_BLD, known_B = np.ascontiguousarray(hidden_BLD), np.ascontiguousarray(known_B)
+        hidden_BLD, known_B = _plain(hidden_BLD), _plain(known_B)
         found = self._core.latent_project(self._weights, memory, hidden_BLD, known_B, lag, hypotheses, threads)
         return LatentFuture(*found)
 
@@ -124,7 +127,7 @@ class LatentNetwork:
         Raises:
             ValueError: an argument has a wrong shape or type, or is out of range.
         """
-        arrays = (np.ascontiguousarray(array) for array in (memory_R, latent_RG, token_R))
+        arrays = (_plain(a) for a in (memory_R, latent_RG, token_R))
         latent, hidden = self._core.latent_advance(self._weights, memory, *arrays, threads)
         return latent, hidden
 
@@ -134,7 +137,7 @@ class LatentNetwork:
         Raises:
             ValueError: ``hidden_RLD`` has a wrong shape or type.
         """
-        logits, values = self._core.latent_heads(self._weights, np.ascontiguousarray(hidden_RLD), threads)
+        logits, values = self._core.latent_heads(self._weights, _plain(hidden_RLD), threads)
         return logits, values
 
     def evaluator(
@@ -154,10 +157,15 @@ class LatentNetwork:
             ValueError: wrong shapes or types, a future's latent or residual stream holds NaN or infinity (tree and
                 layer are named), or ``num_actions`` is below 1.
         """
-        latent_FG, hidden_FLD = np.ascontiguousarray(future.latent_FG), np.ascontiguousarray(future.hidden_FLD)
+        latent_FG, hidden_FLD, memory_F = (_plain(a) for a in (future.latent_FG, future.hidden_FLD, future.memory_F))
         return self._core.latent_evaluator(
-            self._weights, memory, future.memory_F, latent_FG, hidden_FLD, sorted(terminal_tokens), num_actions, threads
+            self._weights, memory, memory_F, latent_FG, hidden_FLD, sorted(terminal_tokens), num_actions, threads
         )
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """Contiguous and writable, which is how arrays reach the extension module; a message's arrays are neither."""
+    return np.require(array, requirements=("C", "W"))
 
 
 def unfit(model: nn.Module, world_model: nn.Module) -> str:

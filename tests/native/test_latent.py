@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -354,9 +355,35 @@ def test_arguments_of_the_wrong_type_or_shape_are_refused(small: CRSM) -> None:
         network.evaluator(memory, found, 0, [])
     with pytest.raises(ValueError, match="memory: of other sizes"):
         packed(random_model()).project(memory, hidden_BLD, known_B, 1)
-    # Views with gaps are taken: they are made contiguous first.
-    wide = np.concatenate([hidden_BLD, hidden_BLD], axis=2)[:, :, :10]
-    np.testing.assert_array_equal(network.project(memory, wide, known_B, 0).hidden_FLD, found.hidden_FLD)
+
+
+def test_views_with_gaps_and_read_only_arrays_are_taken(small: CRSM) -> None:
+    network, snapshot, known_B = packed(small), random_snapshot(small, 2), random_tokens(small, 2).numpy()
+    memory_BMHPN, hidden_BLD = snapshot.memory_BMHPN.numpy(), snapshot.hidden_BLD.numpy()
+    expected = network.project(network.memory(memory_BMHPN), hidden_BLD, known_B, 1)
+    with_gaps = np.concatenate([hidden_BLD, hidden_BLD], axis=2)[:, :, :10]
+    read_only = memory_BMHPN.copy()
+    read_only.flags.writeable = False
+    found = network.project(network.memory(read_only), with_gaps, known_B, 1)
+    for mine, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_a_memory_keeps_its_array(small: CRSM) -> None:
+    network, snapshot = packed(small), random_snapshot(small, 2)
+    array = snapshot.memory_BMHPN.numpy().copy()
+    _, future, memory = futures(small, 2)
+    leaves = rows([0, 1], [0, 0], [3, 4], [1, 1])
+    first = network.evaluator(memory, future, 4, [])
+    first.evaluate_roots(2)
+    references = sys.getrefcount(array)
+    evaluator = network.evaluator(network.memory(array), future, 4, [])
+    assert sys.getrefcount(array) > references
+    del array
+    gc.collect()
+    evaluator.evaluate_roots(2)
+    for mine, other in zip(evaluator.evaluate_leaves(*leaves), first.evaluate_leaves(*leaves), strict=True):
+        np.testing.assert_array_equal(mine, other)
 
 
 def test_packed_weights_know_when_the_model_has_moved_on() -> None:

@@ -205,9 +205,10 @@ void bind_latent(nb::module_& m) {
           nb::arg("out_weight"), nb::arg("out_bias"), nb::arg("fusion_L"), nb::arg("critic_LD"),
           nb::arg("critic_bias_L"), nb::arg("norm_D"), nb::arg("lm_head_VD"), nb::arg("num_read_M"),
           nb::arg("norm_eps"));
-    nb::class_<Memory>(m, "LatentMemory", "SSM memories of some snapshots, packed; immutable.")
+    nb::class_<Memory>(m, "LatentMemory", "SSM memories of some snapshots: a checked view that keeps its array.")
         .def_prop_ro("count", &Memory::count);
-    m.def("latent_memory", &make_memory, nb::arg("weights"), nb::arg("memory_BMHPN"), nb::arg("threads") = 0);
+    m.def("latent_memory", &make_memory, nb::arg("weights"), nb::arg("memory_BMHPN"), nb::arg("threads") = 0,
+          nb::keep_alive<0, 2>());
     m.def("latent_project", &project, nb::arg("weights"), nb::arg("memory"), nb::arg("hidden_BLD"), nb::arg("known_B"),
           nb::arg("lag"), nb::arg("hypotheses"), nb::arg("threads") = 0);
     m.def("latent_advance", &advance, nb::arg("weights"), nb::arg("memory"), nb::arg("memory_R"), nb::arg("latent_RG"),

@@ -43,6 +43,8 @@ struct LatentKernels {
     int64_t (*first_non_finite)(const float* x, int64_t count);
     void (*tanh_rows)(float* x, int64_t count);
     void (*silu_rows)(float* x, int64_t count);
+    // The SSM's read h·q of one layer: out[e] = Σ_n memory[e, n] · query[n].
+    void (*read)(const float* memory_EN, const float* query_N, float* out_E, int64_t rows_E, int64_t columns_N);
     // x / rms(x), in place.
     void (*rms_norm)(float* x, int64_t count, float eps);
     // GRU cell from its gates' two summands, [r | z | n] each: the new latent into `out`.

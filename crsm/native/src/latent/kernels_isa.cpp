@@ -63,6 +63,61 @@ void silu_rows(float* x, int64_t count) {
     in_place(x, count, [](VecF v) { return silu(v); });
 }
 
+// Sums of neighbouring lanes: those of a, then those of b.
+static inline VecF pair_sums(VecF a, VecF b) {
+#if defined(CRSM_ISA_avx512)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(CRSM_ISA_avx2)
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+
+// Lane i of the result is the sum of vector i's lanes.
+static inline VecF lane_sums(VecF (&v)[kWidth]) {
+#pragma GCC unroll 4
+    for (int count = kWidth / 2; count > 0; count /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < count; ++i) v[i] = pair_sums(v[2 * i], v[2 * i + 1]);
+    }
+    return v[0];
+}
+
+// Dot products of the query with the kWidth rows that `row` gives.
+template <typename F>
+static inline VecF read_rows(F row, const float* query_N, int64_t columns_N) {
+    const int64_t whole = columns_N / kWidth * kWidth, left = columns_N - whole;
+    VecF sums[kWidth] = {};
+    for (int64_t n = 0; n < whole; n += kWidth) {
+        const VecF query = load(query_N + n);
+#pragma GCC unroll 16
+        for (int r = 0; r < kWidth; ++r) sums[r] += load(row(r) + n) * query;
+    }
+    if (left > 0) {
+        const VecF query = load_some(query_N + whole, left);
+        for (int r = 0; r < kWidth; ++r) sums[r] += load_some(row(r) + whole, left) * query;
+    }
+    return lane_sums(sums);
+}
+
+// The memory lies in the order in which it is read, so that it streams from the cache.
+void read(const float* memory_EN, const float* query_N, float* out_E, int64_t rows_E, int64_t columns_N) {
+    if (rows_E < kWidth) {
+        const auto row = [&](int r) { return memory_EN + (r < rows_E ? r : 0) * columns_N; };
+        return store_some(out_E, rows_E, read_rows(row, query_N, columns_N));
+    }
+    for (int64_t e = 0; e < rows_E; e += kWidth) {
+        // The last rows may overlap the ones before; a row's sum does not depend on its place.
+        const int64_t first = e + kWidth <= rows_E ? e : rows_E - kWidth;
+        const float* memory = memory_EN + first * columns_N;
+        const auto row = [&](int r) { return memory + r * columns_N; };
+        store(out_E + first, read_rows(row, query_N, columns_N));
+    }
+}
+
 void rms_norm(float* x, int64_t count, float eps) {
     VecF sums[4] = {};
     int64_t i = 0;
@@ -229,7 +284,7 @@ void log_sum(const SliceSum* slices, int64_t count, float* max, float* log_sum) 
 
 }  // namespace
 
-extern const LatentKernels latent_kernels = {first_non_finite, tanh_rows, silu_rows, rms_norm, gru,
+extern const LatentKernels latent_kernels = {first_non_finite, tanh_rows, silu_rows, read, rms_norm, gru,
                                              heads,            select,    best,      log_sum};
 
 }  // namespace crsm::CRSM_ISA

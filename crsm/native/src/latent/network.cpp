@@ -87,18 +87,14 @@ void advance(const Weights& w, const Memory& memory, int64_t rows, Workspace& wo
     }
     product(w.from_latent.packed, rows, work.latent_RG.data(), G, from_latent, width, nullptr, true);
 
-    // Rows that read the same snapshot pass over its memory together.
-    for (int64_t row = 0; row < rows;) {
-        int64_t end = row + 1;
-        while (end < rows && work.memory_R[end] == work.memory_R[row]) ++end;
+    for (int64_t row = 0; row < rows; ++row) {
         for (int64_t layer = 0; layer < w.num_read_M; ++layer) {
-            product(memory.matrix(work.memory_R[row], layer), end - row,
-                    from_latent + row * width + gates + layer * w.d_state_N, width,
-                    read + row * w.read_width() + layer * w.inner_E, w.read_width(), nullptr, false);
+            kernels.read(memory.layer(work.memory_R[static_cast<size_t>(row)], layer),
+                         from_latent + row * width + gates + layer * w.d_state_N,
+                         read + row * w.read_width() + layer * w.inner_E, w.inner_E, w.d_state_N);
         }
-        row = end;
+        kernels.rms_norm(read + row * w.read_width(), w.read_width(), kReadEps);
     }
-    for (int64_t row = 0; row < rows; ++row) kernels.rms_norm(read + row * w.read_width(), w.read_width(), kReadEps);
     product(w.read.packed, rows, read, w.read_width(), work.input_RG.data(), G, w.read_bias.data(), false);
     product(w.from_read.packed, rows, work.input_RG.data(), G, from_token, width, nullptr, true);
 

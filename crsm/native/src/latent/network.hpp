@@ -32,8 +32,9 @@ public:
     Buffer<SliceSum> sums;         // [R][slices]
 };
 
-// Rows that one workspace handles at once: enough to read the weights rarely, few enough to stay in the cache.
-inline constexpr int64_t kChunk = 48;
+// Rows that one workspace handles at once, at most: enough to read the weights rarely, few enough for a late thread to
+// find work left and for intermediate results to stay in the cache. Two of the matrix product's tiles.
+inline constexpr int64_t kChunk = 24;
 
 // tanh(encoder(hidden)): latents of the snapshots' own positions.
 void begin(const Weights& weights, const float* hidden_RLD, int64_t rows, float* latent_RG, int threads);

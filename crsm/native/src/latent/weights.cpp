@@ -113,26 +113,19 @@ int64_t Weights::bytes() const {
     return floats * static_cast<int64_t>(sizeof(float));
 }
 
-Memory::Memory(const Weights& weights, const float* memory_BMHPN, int64_t count_B, int threads)
-    : count_B_(count_B),
+Memory::Memory(const Weights& weights, const float* memory_BMEN, int64_t count_B, int threads)
+    : memory_BMEN_(memory_BMEN),
+      count_B_(count_B),
       layers_M_(weights.num_read_M),
-      rows_N_(weights.d_state_N),
-      columns_E_(weights.inner_E),
-      stride_(packed_floats(rows_N_, columns_E_)),
-      panels_(count_B * layers_M_ * stride_) {
-    const int64_t size = columns_E_ * rows_N_;
+      rows_E_(weights.inner_E),
+      columns_N_(weights.d_state_N) {
+    const int64_t size = rows_E_ * columns_N_, tasks = count_B * layers_M_;
     std::atomic<int64_t> bad{-1};
-    const int64_t tasks = count_B * layers_M_;
-    parallel_for(tasks, tasks < 16 ? 1 : threads, [&](int64_t task) {
-        const float* from = memory_BMHPN + task * size;
-        if (latent_kernels().first_non_finite(from, size) < size) {
-            int64_t known = bad.load();
-            while ((known < 0 || task < known) && !bad.compare_exchange_weak(known, task)) {
-            }
-            return;
+    parallel_for(tasks, tasks * size < (1 << 20) ? 1 : threads, [&](int64_t task) {
+        if (latent_kernels().first_non_finite(memory_BMEN + task * size, size) == size) return;
+        int64_t known = bad.load();
+        while ((known < 0 || task < known) && !bad.compare_exchange_weak(known, task)) {
         }
-        gemm_table().pack(from, 1, rows_N_, rows_N_, columns_E_, panels_.data() + task * stride_, 0,
-                          (columns_E_ + kPanel - 1) / kPanel);
     });
     if (bad.load() >= 0) {
         throw std::invalid_argument("memory: snapshot " + std::to_string(bad.load() / layers_M_) + ", read layer " +

@@ -77,24 +77,23 @@ public:
     int64_t bytes() const;
 };
 
-// SSM memories of B snapshots, packed for the read h·q: per read layer a matrix [N, E]. Immutable once made.
+// SSM memories of B snapshots: a view of an array [B, M, E, N] that someone else keeps alive and unchanged.
 class Memory {
 public:
-    // memory_BMHPN is copied. Throws std::invalid_argument naming snapshot and layer where it is not finite.
-    Memory(const Weights& weights, const float* memory_BMHPN, int64_t count_B, int threads);
+    // Throws std::invalid_argument naming snapshot and layer where it is not finite.
+    Memory(const Weights& weights, const float* memory_BMEN, int64_t count_B, int threads);
 
     int64_t count() const { return count_B_; }
     bool fits(const Weights& weights) const {
-        return layers_M_ == weights.num_read_M && rows_N_ == weights.d_state_N && columns_E_ == weights.inner_E;
+        return layers_M_ == weights.num_read_M && rows_E_ == weights.inner_E && columns_N_ == weights.d_state_N;
     }
-    PackedMatrix matrix(int64_t snapshot, int64_t layer) const {
-        return {rows_N_, columns_E_, WeightType::fp32, panels_.data() + (snapshot * layers_M_ + layer) * stride_,
-                nullptr};
+    const float* layer(int64_t snapshot, int64_t layer) const {
+        return memory_BMEN_ + (snapshot * layers_M_ + layer) * rows_E_ * columns_N_;
     }
 
 private:
-    int64_t count_B_, layers_M_, rows_N_, columns_E_, stride_;
-    Buffer<float> panels_;
+    const float* memory_BMEN_;
+    int64_t count_B_, layers_M_, rows_E_, columns_N_;
 };
 
 }  // namespace crsm::latent
