@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
 from actors.decode_loop import Closed, DecodeLoop, Message, Refused
 from actors.planner import AS_TRAINED, PlannerActor, PlannerSettings
@@ -33,6 +32,7 @@ from actors.weights import Weights, open_source, share
 from crsm.config import DeliberationConfig, EngineConfig, PlannersConfig, SamplingConfig
 from crsm.engine import Engine, GenerationRequest
 from crsm.model import Checkpoint
+from crsm.threads import use_threads
 from crsm.types import Token
 
 
@@ -65,7 +65,7 @@ class GeneratorActor:
             planner_cpus: CPUs that Ray reserves for each planner.
             planner_class: what each planner is.
         """
-        torch.set_num_threads(threads)
+        use_threads(threads)
         self._checkpoint = open_source(source)
         self._pool = PlannerPool(
             shared[0],

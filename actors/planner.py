@@ -29,6 +29,7 @@ from crsm.config import SearchConfig
 from crsm.latent_dynamics import ExactDynamics, WorldModel
 from crsm.model import Checkpoint
 from crsm.reasoning import Deliberator
+from crsm.threads import use_threads
 from crsm.types import Plan, PlanRequest
 
 CONCURRENCY_GROUPS = {"control": 2, "watch": 1}
@@ -100,7 +101,7 @@ class PlannerActor:
             planner_id: copied into the plans.
             threads: of torch, in this process.
         """
-        torch.set_num_threads(threads)
+        use_threads(threads)
         self._settings, self._id = settings, planner_id
         self._deliberator = settings.deliberator(open_source(source), planner_id)
         self._cancelled, self._stopped = threading.Event(), threading.Event()

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
-import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
@@ -24,6 +23,7 @@ from actors.weights import Weights, open_source
 from crsm.config import Config
 from crsm.evaluation.rollouts import roll_out
 from crsm.tasks import Split, build_tasks
+from crsm.threads import use_threads
 
 MAX_TRIES = 3
 """Actors that may die over one job before it is given up."""
@@ -53,7 +53,7 @@ class RolloutActor:
     """Answers problems with a checkpoint of its own."""
 
     def __init__(self, source: str | Weights, config: Config, threads: int) -> None:
-        torch.set_num_threads(threads)
+        use_threads(threads)
         self._checkpoint = open_source(source)
         # The run's settings of search and sampling, with the sizes that the checkpoint has.
         model = self._checkpoint.model

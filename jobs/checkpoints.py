@@ -157,10 +157,10 @@ def planner_actors(checkpoint: Checkpoint, shed: bool = False) -> Iterator[Plann
 
 
 def limit_threads(threads: int = 1) -> int:
-    """Threads of torch in this process. One by default, so that figures are the same bits on every machine."""
-    import torch
+    """Threads of this process. One by default, so that figures are the same bits on every machine."""
+    from crsm.threads import use_threads
 
-    torch.set_num_threads(threads)
+    use_threads(threads)
     return threads
 
 

@@ -46,12 +46,13 @@ def _train_and_save(work: Work) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     from crsm.config import core_count, parse_config
+    from crsm.threads import use_threads
     from crsm.training.loop import run_stage
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     config = parse_config(work.config, source="the run's settings")
-    torch.set_num_threads(config.train.threads or max(1, core_count() // context.get_local_world_size()))
+    use_threads(config.train.threads or max(1, core_count() // context.get_local_world_size()))
     built = build_stage(work, config)
     stage = built.stage
     device = ray.train.torch.get_device()
