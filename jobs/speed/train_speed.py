@@ -63,6 +63,7 @@ def train_rows(roofline: Roofline, *, seed: int, progress: Progress, quick: bool
     cases = QUICK_CASES if quick else CASES
     for number, case in enumerate(cases):
         progress.update(number)
+        roofline.measure_gemm()
         rows.append(_cpu_row(case, roofline, seed))
     progress.update(len(cases))
     return rows

@@ -118,7 +118,9 @@ def test_the_mixer_and_its_gradients_are_those_of_the_definition(
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "width", "state"), [(2, 50, 6, 32, 32), (1, 200, 5, 64, 128), (20, 3, 2, 16, 16)]
 )
-def test_the_shapes_of_real_models(dtype: torch.dtype, batch: int, length: int, heads: int, width: int, state: int) -> None:
+def test_the_shapes_of_real_models(
+    dtype: torch.dtype, batch: int, length: int, heads: int, width: int, state: int
+) -> None:
     """Several chunks, several groups of heads, and many sequences."""
     tensors = mixer_inputs(1, batch, length, heads, width, state, 4)
     got = with_gradients(lambda *t: run_mixer(native, list(t), 64, None), [tensor.to(dtype) for tensor in tensors])
@@ -129,9 +131,7 @@ def test_the_shapes_of_real_models(dtype: torch.dtype, batch: int, length: int, 
 
 @settings(max_examples=30)
 @given(seeds, dtypes, st.integers(1, 2), st.integers(1, 70), st.integers(1, 20), st.booleans())
-def test_the_scan_alone(
-    seed: int, dtype: torch.dtype, batch: int, length: int, chunk_size: int, packed: bool
-) -> None:
+def test_the_scan_alone(seed: int, dtype: torch.dtype, batch: int, length: int, chunk_size: int, packed: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     heads, width, state = 3, 5, 7
     tensors = [
@@ -187,12 +187,18 @@ def test_strided_inputs_are_read_in_place_and_unordered_ones_too() -> None:
     weight = normal(generator, 20).float()
     y, z = wide[..., :20], wide[..., 20:]
     assert_close(
-        native.gated_rms_norm(y, z, weight, 1e-5), reference.gated_rms_norm(y, z, weight, 1e-5), TOLERANCE[torch.float32]
+        native.gated_rms_norm(y, z, weight, 1e-5),
+        reference.gated_rms_norm(y, z, weight, 1e-5),
+        TOLERANCE[torch.float32],
     )
     turned = normal(generator, 20, 9, 2).float().transpose(0, 2)
     assert_close(native.rms_norm(turned, weight, 1e-5), reference.rms_norm(turned, weight, 1e-5), 1e-5)
     x = normal(generator, 30, 40).float().T
-    assert_close(native.linear(x, weight[None].expand(3, 20).repeat(1, 2)[:, :30]), x @ weight.repeat(2)[:30].expand(3, 30).T, 1e-5)
+    assert_close(
+        native.linear(x, weight[None].expand(3, 20).repeat(1, 2)[:, :30]),
+        x @ weight.repeat(2)[:30].expand(3, 30).T,
+        1e-5,
+    )
 
 
 # Finite differences ---------------------------------------------------------------------------------------------------
@@ -316,7 +322,13 @@ def test_every_instruction_set_gives_the_results_of_the_definition(isa: str) -> 
     )
     environment = {**os.environ, "CRSM_NATIVE_ISA": isa, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     if result.stdout.strip() != isa:
@@ -356,7 +368,9 @@ def test_wrong_arrays_of_the_scan_are_refused_by_name() -> None:
     x, dt, A = torch.zeros(1, 5, 6), torch.zeros(1, 5, heads), torch.zeros(heads)
     B, h, y = torch.zeros(1, 5, state), torch.zeros(1, heads, 3, state), torch.zeros(1, 5, 6)
 
-    def run(x: Tensor = x, dt: Tensor = dt, B: Tensor = B, h: Tensor = h, chunk_size: int = 2, kept: Any = None) -> None:
+    def run(
+        x: Tensor = x, dt: Tensor = dt, B: Tensor = B, h: Tensor = h, chunk_size: int = 2, kept: Any = None
+    ) -> None:
         core.scan_forward(x, dt, A, B, B, None, None, h, None, chunk_size, y, torch.zeros_like(h), kept)
 
     run()
