@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 WORKING_SET = 512 * 2**20
 """Bytes that no cache holds."""
 
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+"""Rows and columns of the matrices that are multiplied."""
+
 
 @dataclass(slots=True)
 class Roofline:
@@ -44,7 +47,8 @@ class Roofline:
 
     def measure_gemm(self) -> None:
         """Measures the matrix product, once more if it was; the best one counts."""
-        found = measure_gemm(256 if self.quick else 2048, self.device, 0.05 if self.quick else 0.5)
+        size = 256 if self.quick else GEMM_SIZE[self.device]
+        found = measure_gemm(size, self.device, 0.05 if self.quick else 0.5)
         self.gemm = {name: max(rate, self.gemm.get(name, 0.0)) for name, rate in found.items()}
         self.gemm_gflops = max(self.gemm.values())
 
