@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from crsm import native
 from crsm.config import BackboneConfig
 from crsm.kernels import KERNELS, reference, select_kernels
 from crsm.mamba_ssm import Backbone
@@ -21,6 +23,16 @@ from tests.fixtures import assert_same_state, layers_of, tiny_checkpoint, tiny_c
 
 V = 20
 seeds = st.integers(0, 2**31)
+
+
+@pytest.fixture(scope="module", autouse=True, params=sorted(KERNELS))
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Everything here holds for a backbone on any kernels."""
+    if request.param == "native" and not native.available():
+        pytest.skip(f"no native core: {native.MISSING}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CRSM_KERNELS", request.param)
+        yield request.param
 
 
 def config_of(**changes: Any) -> BackboneConfig:
@@ -435,7 +447,22 @@ def test_wrong_shapes_are_refused_by_name() -> None:
         config_of(headdim=7)
 
 
-def test_unknown_kernels_are_refused_and_the_known_listed() -> None:
+def test_unknown_kernels_are_refused_and_the_known_listed(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"kernels = 'abacus'; allowed: .*reference"):
         select_kernels("abacus")
-    assert all(select_kernels(name) is kernels for name, kernels in KERNELS.items())
+    assert select_kernels("reference") is reference
+    assert select_kernels().NAME == select_kernels(kernels).NAME == backbone_of().kernels.NAME == kernels
+    monkeypatch.setenv("CRSM_KERNELS", "abacus")
+    with pytest.raises(ValueError, match="CRSM_KERNELS = 'abacus'"):
+        select_kernels()
+    assert select_kernels("reference") is reference, "a name that is given goes before the environment"
+    monkeypatch.delenv("CRSM_KERNELS")
+    assert select_kernels().NAME == ("native" if native.available() else "reference")
+
+
+def test_native_kernels_without_the_core_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crsm.kernels.available", lambda: False)
+    monkeypatch.delenv("CRSM_KERNELS")
+    assert select_kernels() is reference
+    with pytest.raises(ValueError, match="kernels = 'native': no native core"):
+        select_kernels("native")

@@ -4,7 +4,7 @@ Tensors that the C++ does not take (another device, bfloat16, mixed types) are p
 that a model may be moved or converted at any time. Results do not depend on the number of threads, which is that of
 PyTorch (``torch.set_num_threads``), nor on the other rows of a batch.
 
-Gradients are of first order: differentiating them again raises an error. Each autograd function has the arguments of
+Gradients are of first order; they cannot be differentiated again. Each autograd function has the arguments of
 the function that it serves; what it saves and how gradients are summed is said there.
 """
 
@@ -245,9 +245,7 @@ def chunk_scan(
     """See :func:`crsm.kernels.reference.chunk_scan`; chunks are never longer than 64 tokens."""
     if not _takes(x_BTHP, dt_BTH, A_H, B_BTN, C_BTN, state_BHPN):
         return reference.chunk_scan(x_BTHP, dt_BTH, A_H, B_BTN, C_BTN, state_BHPN, chunk_size, segment_BT)
-    y_BTI, last_BHPN = _Scan.apply(
-        x_BTHP.flatten(2), dt_BTH, A_H, B_BTN, C_BTN, state_BHPN, chunk_size, segment_BT
-    )
+    y_BTI, last_BHPN = _Scan.apply(x_BTHP.flatten(2), dt_BTH, A_H, B_BTN, C_BTN, state_BHPN, chunk_size, segment_BT)
     return y_BTI.unflatten(2, x_BTHP.shape[2:]), last_BHPN
 
 
@@ -326,7 +324,7 @@ def mixer(
 
 
 class _Mixer(Function):
-    """Convolution, scan and norm on slices of one buffer. Saves the buffer, the convolution's and the scan's outputs."""
+    """Convolution, scan and norm on slices of one buffer. Saves it, and the outputs of convolution and scan."""
 
     @staticmethod
     def forward(

@@ -1,5 +1,5 @@
 #include "gemm.hpp"
-#include "vec.hpp"
+#include "vec_tile.hpp"
 
 namespace crsm::CRSM_ISA {
 namespace {
@@ -222,6 +222,21 @@ void pack(const float* source, int64_t row, int64_t column, int64_t rows_K, int6
         if (column == 1 && width == kPanel) {
             for (int64_t k = 0; k < rows_K; ++k) {
                 for (int i = 0; i < kPanel; i += kWidth) store(to + k * kPanel + i, load(from + k * row + i));
+            }
+            continue;
+        }
+        if (row == 1 && width == kPanel) {  // a transposed source: squares of it are turned in registers
+            const int64_t whole = rows_K / kWidth * kWidth;
+            for (int64_t k = 0; k < whole; k += kWidth) {
+                for (int64_t i = 0; i < kPanel; i += kWidth) {
+                    VecF square[kWidth];
+                    for (int j = 0; j < kWidth; ++j) square[j] = load(from + (i + j) * column + k);
+                    transpose_square<float>(square);
+                    for (int j = 0; j < kWidth; ++j) store(to + (k + j) * kPanel + i, square[j]);
+                }
+            }
+            for (int64_t k = whole; k < rows_K; ++k) {
+                for (int64_t i = 0; i < kPanel; ++i) to[k * kPanel + i] = from[k + i * column];
             }
             continue;
         }

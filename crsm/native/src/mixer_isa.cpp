@@ -108,29 +108,63 @@ void conv_backward(const Conv<T>& conv, int64_t b, int64_t begin, int64_t end, T
     for (int64_t c = begin; c < end; c += n) {
         const Column<T> column = load_column(conv, b, c, end, scratch);
         const T* dy = conv.dy.data + b * conv.dy.batch + c;
+        const bool plain = segment == nullptr && K == 4;  // the width and the rows that matter, without branches
         Vec<T> dbias{};
-        for (int64_t t = 0; t < length; ++t) {
-            Vec<T> du = load_some(dy + t * conv.dy.row, column.count);
-            if (conv.activate) {
-                const Vec<T> sum = sum_of(column, K, t, reach_of(conv, segment, t)), gate = sigmoid(sum);
-                du *= gate * (1 + sum * (1 - gate));
+        if (plain) {
+            Vec<T> w[4], dtap[4] = {};
+            for (int k = 0; k < 4; ++k) w[k] = load(column.weight_K + k * n);
+            for (int64_t t = 0; t < length; ++t) {
+                Vec<T> du = load_some(dy + t * conv.dy.row, column.count), sum = column.bias, x[4];
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; ++k) {
+                    x[k] = load(column.x_T + (t + k) * n);
+                    sum += w[k] * x[k];
+                }
+                if (conv.activate) {
+                    const Vec<T> gate = sigmoid(sum);
+                    du *= gate * (1 + sum * (1 - gate));
+                }
+                store(column.du_T + t * n, du);
+                dbias += du;
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; ++k) dtap[k] += du * x[k];
             }
-            store(column.du_T + t * n, du);
-            dbias += du;
+            for (int64_t k = 0; k < 4; ++k) store_some(parameters + k * C + c, dtap[k], column.count);
+        } else {
+            for (int64_t t = 0; t < length; ++t) {
+                Vec<T> du = load_some(dy + t * conv.dy.row, column.count);
+                if (conv.activate) {
+                    const Vec<T> sum = sum_of(column, K, t, reach_of(conv, segment, t)), gate = sigmoid(sum);
+                    du *= gate * (1 + sum * (1 - gate));
+                }
+                store(column.du_T + t * n, du);
+                dbias += du;
+            }
+            for (int64_t k = 0; k < K; ++k) {
+                Vec<T> dtap{};
+                for (int64_t t = 0; t < length; ++t) {
+                    if (segment != nullptr && K - 1 - k > reach_of(conv, segment, t)) continue;
+                    dtap += load(column.du_T + t * n) * load(column.x_T + (t + k) * n);
+                }
+                store_some(parameters + k * C + c, dtap, column.count);
+            }
         }
         store_some(parameters + K * C + c, dbias, column.count);
-        for (int64_t k = 0; k < K; ++k) {
-            Vec<T> dtap{};
-            for (int64_t t = 0; t < length; ++t) {
-                if (segment != nullptr && K - 1 - k > reach_of(conv, segment, t)) continue;
-                dtap += load(column.du_T + t * n) * load(column.x_T + (t + k) * n);
-            }
-            store_some(parameters + k * C + c, dtap, column.count);
-        }
         // Input i (of the window and x together) reaches tokens i-(K-1) … i, through taps K-1 … 0.
         const int64_t last_reach = segment == nullptr ? K - 1 : reach_of(conv, segment, length - 1) + 1;
         T* dx = conv.dx.data + b * conv.dx.batch + c;
+        if (plain) {  // inputs that are neither in a window nor near an end
+            const Vec<T> w0 = load(column.weight_K), w1 = load(column.weight_K + n), w2 = load(column.weight_K + 2 * n),
+                         w3 = load(column.weight_K + 3 * n);
+            for (int64_t i = 3; i < length; ++i) {
+                const T* du = column.du_T + i * n;
+                store_some(dx + (i - 3) * conv.dx.row,
+                           w0 * load(du) + w1 * load(du - n) + w2 * load(du - 2 * n) + w3 * load(du - 3 * n),
+                           column.count);
+            }
+        }
         for (int64_t i = conv.dwindow == nullptr ? K - 1 : 0; i < K - 1 + length; ++i) {
+            if (plain && i >= 3 && i < length) continue;
             Vec<T> sum{};
             for (int64_t k = 0; k < K; ++k) {
                 const int64_t t = i - k;
