@@ -10,10 +10,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # One thread per test process: two processes share the cores.
 UNIT := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 ALONE := $(BIN)/pytest -q
+COMMA := ,
 DEFAULT := not slow and not gpu and not browser
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu test-browser bench bench-speed llama-bench gpu-checks lint format constraints clean distclean
+.PHONY: help setup demo test test-slow test-gpu test-browser native-asan native-tsan bench bench-speed \
+	llama-bench gpu-checks lint format constraints clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -46,6 +48,26 @@ test-gpu: setup ## the tests that need a CUDA device
 
 test-browser: setup ## the tests that need a headless browser
 	$(ALONE) -m "browser"
+
+# The sanitizers' runtimes must be there before Python is; with libstdc++, whose exceptions they watch.
+CXX_RUNTIME = $$($${CXX:-g++} -print-file-name=$(1)) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)
+SANITIZED = cmake -S crsm/native -B build/$(1) -DCMAKE_BUILD_TYPE=Debug -DCRSM_SANITIZE=$(2) \
+	-DPython_EXECUTABLE=$(abspath $(BIN)/python) >build/$(1).log \
+	&& cmake --build build/$(1) --parallel 2 >>build/$(1).log
+
+native-asan: setup ## the tests of the native core under AddressSanitizer and UndefinedBehaviorSanitizer
+	@mkdir -p build
+	$(call SANITIZED,asan,address$(COMMA)undefined)
+	LD_PRELOAD="$(call CXX_RUNTIME,libasan.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+		PYTHONPATH=build/asan $(ALONE) -p no:cacheprovider tests/native tests/search
+
+# Only what needs no torch, whose own threads ThreadSanitizer does not see through.
+native-tsan: setup ## the threads of the native core under ThreadSanitizer
+	@mkdir -p build
+	$(call SANITIZED,tsan,thread)
+	LD_PRELOAD="$(call CXX_RUNTIME,libtsan.so)" TSAN_OPTIONS=halt_on_error=1 \
+		OMP_NUM_THREADS=2 PYTHONPATH=build/tsan $(ALONE) -p no:cacheprovider tests/native/test_search*.py \
+		tests/native/test_threads.py
 
 bench: setup ## System 1 against System 2 with all controls; results in runs/bench
 	$(BIN)/python -m jobs.benchmark_reasoning --checkpoint nano --task path_star --problems 500 --lag 2 --seed 7 \

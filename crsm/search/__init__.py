@@ -1,4 +1,4 @@
-"""Monte Carlo tree search in a learned latent space, over a batch of trees. NumPy only.
+"""Monte Carlo tree search in a learned latent space, over a batch of trees. NumPy, and C++ where it is installed.
 
 The order of definition: ``numerics`` (exact arithmetic) → ``consensus``, ``evaluator`` (the network's side) → ``tree``
 (the data) → ``puct``, ``seq_halving``, ``gumbel``, ``root_actions`` (pure scoring rules) → ``policies`` → ``search``

@@ -64,7 +64,7 @@ def search(
         clock: The clock of the deadline.
         should_stop: True ends the search. Asked before each simulation; with a native evaluator and the default clock
             at most every 200 µs.
-        microseconds: Time from the call after which no further simulation is begun.
+        microseconds: Time from the start after which no further simulation is begun, whatever ``clock`` says.
         cancel: Ends the search from another thread, in the native core without a wait for Python.
         reuse: Trees to go on with, from ``reroot``, instead of new ones; the budget comes on top of what they have.
             The evaluator is told by ``remap`` to move its latents and is not asked for roots.

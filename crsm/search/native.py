@@ -31,6 +31,15 @@ _POLL_MICROSECONDS = 200.0
 """How often a Python ``should_stop`` is asked when nothing else of the search is Python."""
 
 
+_FREE = {
+    "parents_BS": Tree.NO_PARENT,
+    "action_from_parent_BS": Tree.NO_PARENT,
+    "children_index_BSA": Tree.UNVISITED,
+    "children_tokens_BSA": Tree.NO_TOKEN,
+}
+"""What a free slot holds where it is not 0."""
+
+
 class NativeEvaluator(TreeShape, Protocol):
     """An evaluator in C++: an instance of ``_crsm_native.Evaluator``."""
 
@@ -70,20 +79,18 @@ class PythonView:
     def root(self) -> Evaluation:
         return Evaluation(*self._evaluator.evaluate_roots(self._slots))
 
-    def expand(
-        self, parent_B: TokenArray, action_B: TokenArray, node_B: TokenArray, active_B: BoolArray
-    ) -> Evaluation:
+    def expand(self, parent_B: TokenArray, action_B: TokenArray, node_B: TokenArray, active_B: BoolArray) -> Evaluation:
         batch, actions, layers = self.num_trees, self.num_actions, self.num_layers
-        evaluation = Evaluation(
+        wholes: tuple[np.ndarray, ...] = (
             np.zeros((batch, actions), np.int64),
             np.zeros((batch, actions), np.float32),
             np.zeros((batch, layers), np.float32),
         )
         trees = np.flatnonzero(active_B)
         rows = self._evaluator.evaluate_leaves(trees, parent_B[trees], action_B[trees], node_B[trees])
-        for whole, part in zip((evaluation.actions_BA, evaluation.prior_logits_BA, evaluation.values_BL), rows, strict=True):
+        for whole, part in zip(wholes, rows, strict=True):
             whole[trees] = part
-        return evaluation
+        return Evaluation(*wholes)
 
 
 def is_native(evaluator: object) -> bool:
@@ -142,7 +149,8 @@ def native_search(
     given = check_arguments(
         evaluator, settings, consensus_weights_L, uncertainty_penalty, terminal_tokens, max_depth, seed, simulations
     )
-    first_B, root_tokens = None, []
+    first_B: TokenArray | None = None
+    root_tokens: list[int] = []
     slots = most_visits = int(given.budget_B.max()) + 1
     if reuse is not None:
         first_B = check_reuse(reuse, evaluator, given.weights_L, uncertainty_penalty)
@@ -153,8 +161,12 @@ def native_search(
     if reuse is not None:
         for name, array in arrays.items():
             old = getattr(reuse.tree, name)
-            part = array[:, : old.shape[1]] if "_BS" in name else array
-            part[...] = old
+            if "_BS" not in name:
+                array[...] = old
+                continue
+            array[:, : old.shape[1]] = old
+            if name in _FREE:
+                array[:, old.shape[1] :] = _FREE[name]
     arrays["root_gumbel_BA"][...] = given.root_gumbel_BA
 
     python_clock = deadline is not None and clock is not time.monotonic
@@ -221,9 +233,9 @@ def _exploration_table(max_visits: int, c_init: float, c_base: float) -> FloatAr
 def _allocate(
     core: ModuleType, trees: int, slots: int, actions: int, layers: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """One block of memory, not initialised, and the arrays of a tree in it."""
+    """One block of memory, all zero, and the arrays of a tree in it."""
     size, fields = _layout(core, trees, slots, actions, layers)
-    block = np.empty(size, np.uint8)
+    block = np.zeros(size, np.uint8)
     return block, {name: np.ndarray(shape, dtype, block, offset) for name, dtype, shape, offset in fields}
 
 

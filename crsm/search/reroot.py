@@ -77,15 +77,23 @@ def reroot(tree: Tree, action: int | ArrayLike, *, root_prior_mass: float = 1.0)
     # Kept slots first, in their order.
     old_BK = np.argsort(~kept_BS, axis=1, kind="stable")[:, : filled_BK.shape[1]]
 
+    first_B = rows_B * tree.num_slots
+    flat_BK = old_BK + first_B[:, np.newaxis]
+
     def moved(name: str, empty: int) -> np.ndarray:
-        array = getattr(tree, name)[rows_B[:, np.newaxis], old_BK]
-        array[~filled_BK] = empty
-        return np.ascontiguousarray(array)
+        array = getattr(tree, name)
+        rows = array.reshape(-1, *array.shape[2:]).take(flat_BK, axis=0)
+        rows[~filled_BK] = empty
+        return rows
+
+    # One more entry, which -1 finds: no node stays no node.
+    names_BS = np.full(batch * tree.num_slots + 1, Tree.UNVISITED, np.int32)
+    names_BS[:-1] = new_from_old_BS.reshape(-1)
 
     def renamed(slots: np.ndarray) -> np.ndarray:
-        """Old slots, by tree, as new ones; -1 stays."""
-        flat = new_from_old_BS[rows_B.reshape(-1, *[1] * (slots.ndim - 1)), np.maximum(slots, 0)]
-        return np.where(slots < 0, slots, flat).astype(np.int32)
+        """Old slots, by tree, as new ones."""
+        first = first_B.astype(np.int32).reshape(-1, *[1] * (slots.ndim - 1))
+        return names_BS.take(np.where(slots < 0, slots, slots + first))
 
     empty_values = {
         "parents_BS": Tree.NO_PARENT,

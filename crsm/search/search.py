@@ -289,6 +289,8 @@ def _check_weights(weights: ArrayLike, num_layers: int) -> FloatArray:
 
 
 def _per_tree(name: str, value: int | ArrayLike, batch: int) -> TokenArray:
+    if type(value) is int and value >= 0:
+        return np.full(batch, value, np.int64)
     array = np.asarray(value)
     if array.shape not in ((), (batch,)) or array.dtype.kind not in "iu" or (array.astype(np.int64) < 0).any():
         raise ValueError(f"{name} = {array}; allowed: an integer of at least 0, or one for each of the {batch} trees")

@@ -46,7 +46,8 @@ const char* type_name() {
 template <typename T>
 T* checked(const AnyArray& array, const char* name, std::initializer_list<int64_t> shape) {
     if (array.dtype() != nb::dtype<T>()) {
-        throw std::invalid_argument(std::string(name) + ": wrong dtype; allowed: " + type_name<std::remove_const_t<T>>());
+        throw std::invalid_argument(std::string(name) + ": wrong dtype; allowed: " +
+                                    type_name<std::remove_const_t<T>>());
     }
     bool fits = array.ndim() == shape.size();
     std::string found = "(";

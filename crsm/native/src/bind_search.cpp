@@ -107,9 +107,8 @@ nb::tuple evaluate_leaves(Evaluator& evaluator, AnyArray tree_R, AnyArray parent
 std::string describe(const BadEvaluation& bad) {
     const std::string where = "evaluator: tree " + std::to_string(bad.tree);
     if (bad.layer >= 0) {
-        const nb::object value = nb::module_::import_("numpy").attr("float32")(bad.value);
-        return where + ", layer " + std::to_string(bad.layer) + ": value = " + nb::str(value).c_str() +
-               "; allowed: [0, 1]";
+        return where + ", layer " + std::to_string(bad.layer) + ": value = " +
+               nb::str(nb::float_(static_cast<double>(bad.value))).c_str() + "; allowed: [0, 1]";
     }
     nb::list logits;
     for (const float logit : bad.logits_A) logits.append(static_cast<double>(logit));
@@ -145,14 +144,13 @@ void run_search(Evaluator& evaluator, AnyArray block, int64_t slots, bool gumbel
     require(max_depth >= 1, "max_depth", max_depth, "at least 1");
     require(leaves >= 1 && leaves <= 1 << 16, "leaves", leaves, "1 to 65536");
     require(virtual_loss >= 0 && virtual_loss <= 1 << 10, "virtual_loss", virtual_loss, "0 to 1024");
-    int64_t old_slots = 0;
-    const int64_t* map = nullptr;
+    if (first_slot_B.has_value() != new_from_old_BS.has_value()) {
+        throw std::invalid_argument("first_slot_B, new_from_old_BS: one of them is None; allowed: both or neither");
+    }
     if (first_slot_B) {
         settings.first_slot_B = checked<const int64_t>(*first_slot_B, "first_slot_B", {sizes.trees});
-        if (new_from_old_BS) {
-            map = checked<const int64_t>(*new_from_old_BS, "new_from_old_BS", {sizes.trees, -1});
-            old_slots = int64_t(new_from_old_BS->shape(1));
-        }
+        settings.new_from_old_BS = checked<const int64_t>(*new_from_old_BS, "new_from_old_BS", {sizes.trees, -1});
+        settings.old_slots = int64_t(new_from_old_BS->shape(1));
     }
     int64_t most_visits = 1;
     for (int64_t b = 0; b < sizes.trees; ++b) {
@@ -181,7 +179,7 @@ void run_search(Evaluator& evaluator, AnyArray block, int64_t slots, bool gumbel
             nb::gil_scoped_acquire gil;
             return nb::cast<bool>(ask());
         };
-        stop.interval = duration_cast<StopRule::Clock::duration>(std::chrono::duration<double, std::micro>(ask_interval));
+        stop.interval = std::chrono::microseconds(static_cast<int64_t>(ask_interval));
     } else if (interruptible) {
         stop.ask = []() -> bool {
             nb::gil_scoped_acquire gil;
@@ -193,7 +191,6 @@ void run_search(Evaluator& evaluator, AnyArray block, int64_t slots, bool gumbel
     }
     try {
         nb::gil_scoped_release release;
-        if (map != nullptr) evaluator.remap(map, old_slots, slots);
         search::search(evaluator, settings, memory, sizes, stop);
     } catch (const BadEvaluation& bad) {
         throw std::invalid_argument(describe(bad));

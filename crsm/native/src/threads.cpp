@@ -89,22 +89,34 @@ private:
         tasks_ = tasks;
         helpers_ = helpers;
         next_.store(0, std::memory_order_relaxed);
-        pending_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+        gate_.store(kOpen, std::memory_order_release);
         generation_.fetch_add(1, std::memory_order_release);
         generation_.notify_all();
         drain();
-        for (int spins = 0; pending_.load(std::memory_order_acquire) > 0; ++spins) {
+        // Who has not come by now has nothing to do here. Waiting for it could take as long as the system likes.
+        gate_.fetch_and(~kOpen, std::memory_order_acq_rel);
+        for (int spins = 0;; ++spins) {
+            const uint32_t inside = gate_.load(std::memory_order_acquire);
+            if (inside == 0) return;
             if (spins < kSpins) {
                 pause_cpu();
             } else {
-                const int left = pending_.load(std::memory_order_acquire);
-                if (left > 0) pending_.wait(left, std::memory_order_acquire);
+                gate_.wait(inside, std::memory_order_acquire);
             }
         }
     }
 
     void drain() {
         for (int64_t index; (index = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) task_(context_, index);
+    }
+
+    // What the caller has laid out may be read between this and the worker's leave.
+    bool enter() {
+        uint32_t inside = gate_.load(std::memory_order_relaxed);
+        while (inside & kOpen) {
+            if (gate_.compare_exchange_weak(inside, inside + 1, std::memory_order_acq_rel)) return true;
+        }
+        return false;
     }
 
     void work(int id) {
@@ -121,8 +133,9 @@ private:
             }
             if (stopping_.load()) return;
             seen = now;
+            if (!enter()) continue;
             if (id < helpers_) drain();
-            if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
+            if (gate_.fetch_sub(1, std::memory_order_acq_rel) == 1) gate_.notify_one();
         }
     }
 
@@ -130,7 +143,9 @@ private:
     std::vector<std::thread> workers_;
     std::atomic<uint32_t> generation_{0};
     std::atomic<int64_t> next_{0};
-    std::atomic<int> pending_{0};
+    // Workers inside, and whether more may come in.
+    static constexpr uint32_t kOpen = 1u << 31;
+    std::atomic<uint32_t> gate_{0};
     std::atomic<bool> stopping_{false};
     void (*task_)(void*, int64_t) = nullptr;
     void* context_ = nullptr;

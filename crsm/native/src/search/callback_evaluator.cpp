@@ -58,7 +58,7 @@ void copy_rows(nb::handle evaluation, const std::string& name, const char* dtype
     const nb::object array = evaluation.attr(name.c_str());
     const BufferView view(array);
     if (!view.holds<T>(rows, columns)) {
-        const nb::object found_dtype = array.attr("dtype"), found_shape = array.attr("shape");
+        const nb::object found_shape = array.attr("shape"), found_dtype = array.attr("dtype");
         throw std::invalid_argument("evaluator: " + name + " is " + nb::str(found_dtype).c_str() +
                                     nb::str(nb::list(found_shape)).c_str() + "; allowed: " + dtype + "[" +
                                     std::to_string(rows) + ", " + std::to_string(columns) + "]");

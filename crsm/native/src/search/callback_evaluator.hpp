@@ -9,9 +9,9 @@
 
 namespace crsm::search {
 
-// Takes the GIL for each call. For several leaves of one tree it calls `expand_rows(tree_R, parent_R, action_R, node_R)`
-// if there is such a method, else `expand` once for the first leaf of every tree, once for the second, and so on.
-// What a call raises passes through as it is.
+// Takes the GIL for each call. For several leaves of one tree it calls `expand_rows(tree_R, parent_R, action_R,
+// node_R)` if there is such a method, else `expand` once for the first leaf of every tree, once for the second, and so
+// on. What a call raises passes through as it is.
 class CallbackEvaluator final : public Evaluator {
 public:
     // `root_token_B`: the first token of every root, for a search that does not begin with `root`.

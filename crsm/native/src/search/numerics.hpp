@@ -35,9 +35,21 @@ inline float sum(const float* x, int64_t count) {
     return total;
 }
 
+// In lanes: the highest of all does not depend on the order.
 inline float highest(const float* x, int64_t count) {
+    constexpr int64_t kLanes = 4;
     float best = x[0];
-    for (int64_t i = 1; i < count; ++i) best = x[i] > best ? x[i] : best;
+    int64_t i = 0;
+    if (count >= 2 * kLanes) {
+        float lanes[kLanes] = {x[0], x[1], x[2], x[3]};
+        for (i = kLanes; i + kLanes <= count; i += kLanes) {
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+                lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
+            }
+        }
+        for (const float lane : lanes) best = lane > best ? lane : best;
+    }
+    for (; i < count; ++i) best = x[i] > best ? x[i] : best;
     return best;
 }
 

@@ -1,7 +1,10 @@
 #include "search/search.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
+#include <memory>
+#include <new>
 #include <utility>
 
 #include "arrays.hpp"
@@ -11,8 +14,14 @@
 namespace crsm::search {
 namespace {
 
-// Trees of one task at least: a tree's step takes about a third of a microsecond, waking a thread several.
-constexpr int64_t kTreesPerTask = 32;
+// A step of all trees is shared out if it takes this long, in nanoseconds: handing work to a thread that has gone to
+// sleep costs tens of microseconds, once per step.
+constexpr int64_t kNanosecondsPerTask = 40'000;
+
+// About what one step of one tree takes, in nanoseconds.
+int64_t step_cost(const RuleSettings& rules, int64_t actions, int64_t leaves) {
+    return (rules.policy == Policy::gumbel ? 250 + 25 * actions : 150 + 12 * actions) * leaves;
+}
 
 // What the search knows of a tree beside its arrays.
 struct Progress {
@@ -20,7 +29,6 @@ struct Progress {
     int64_t budget = 0;
     int64_t first_slot = 1;
     int64_t begun = 0;
-    int64_t finished = 0;
     int64_t in_flight = 0;
     Flight* flights = nullptr;              // [leaves]
     const int32_t* considered = nullptr;    // [budget], Sequential Halving.
@@ -64,29 +72,32 @@ bool logits_valid(const float* logits, int64_t actions) {
 class Run {
 public:
     Run(Evaluator& evaluator, const SearchSettings& settings, uint8_t* block, const TreeSizes& sizes, StopRule& stop)
-        : evaluator_(evaluator), settings_(settings), sizes_(sizes), stop_(stop), trees_(size_t(sizes.trees)),
-          flights_(sizes.trees * settings.leaves), actions_(rows() * sizes.actions), logits_(rows() * sizes.actions),
-          values_(rows() * sizes.layers) {
+        : evaluator_(evaluator), settings_(bounded(settings, sizes)), sizes_(sizes), stop_(stop),
+          trees_(size_t(sizes.trees)), flights_(rows()), actions_(rows() * sizes.actions),
+          logits_(rows() * sizes.actions), values_(rows() * sizes.layers) {
         std::sort(settings_.terminal_tokens.begin(), settings_.terminal_tokens.end());
         for (int64_t b = 0; b < sizes.trees; ++b) {
             Progress& tree = trees_[size_t(b)];
             tree.tree = view_tree(block, sizes, b);
             tree.budget = settings.budget_B[b];
-            tree.flights = flights_.data() + b * settings.leaves;
+            tree.flights = flights_.data() + b * settings_.leaves;
             if (settings.first_slot_B != nullptr) tree.first_slot = settings.first_slot_B[b];
         }
-        if (settings.leaves > 1) {
+        if (settings_.leaves > 1) {
             const int64_t edges = sizes.slots * sizes.actions;
-            pending_.assign(size_t(sizes.trees * edges), 0);
-            for (int64_t b = 0; b < sizes.trees; ++b) trees_[size_t(b)].pending_SA = pending_.data() + b * edges;
+            // calloc leaves pages that no search comes to untouched.
+            pending_.reset(static_cast<int32_t*>(std::calloc(size_t(sizes.trees * edges), sizeof(int32_t))));
+            if (pending_ == nullptr) throw std::bad_alloc();
+            for (int64_t b = 0; b < sizes.trees; ++b) trees_[size_t(b)].pending_SA = pending_.get() + b * edges;
         }
         const int64_t threads = settings.threads > 0 ? settings.threads : num_threads();
-        const int64_t tasks = std::clamp<int64_t>(sizes.trees / kTreesPerTask, 1, threads > 1 ? 2 * threads : 1);
+        const int64_t cost = sizes.trees * step_cost(settings.rules, sizes.actions, settings_.leaves);
+        const int64_t tasks = std::clamp<int64_t>(cost / kNanosecondsPerTask, 1, std::min(threads, sizes.trees));
         tasks_.resize(size_t(tasks));
         for (int64_t i = 0; i < tasks; ++i) {
             Task& task = tasks_[size_t(i)];
             task.begin = i * sizes.trees / tasks, task.end = (i + 1) * sizes.trees / tasks;
-            task.leaves.reserve(size_t((task.end - task.begin) * settings.leaves));
+            task.leaves.reserve(size_t((task.end - task.begin) * settings_.leaves));
             task.scores_2A.resize(size_t(2 * sizes.actions));
             task.values_A.resize(size_t(sizes.actions));
             task.visits_A.resize(size_t(sizes.actions));
@@ -97,7 +108,7 @@ public:
 
     void run() {
         begin();
-        bool go_on = *std::max_element(settings_.budget_B, settings_.budget_B + sizes_.trees) > 0 && !stop_();
+        bool go_on = most_simulations(settings_, sizes_) > 0 && !stop_();
         step(go_on);
         while (go_on && !stop_.cancelled()) {
             const int64_t leaves = gather();
@@ -113,17 +124,19 @@ public:
             for (const Task& task : tasks_) refuse_values(task.bad_values);
             for (const Task& task : tasks_) refuse_logits(task.bad_logits);
         }
-        each_task([this](Task& task) {
-            for (int64_t b = task.begin; b < task.end; ++b) {
-                const Progress& tree = trees_[size_t(b)];
-                for (int64_t slot = tree.first_slot + tree.finished; slot < sizes_.slots; ++slot) {
-                    clear_slot(tree.tree, slot);
-                }
-            }
-        });
     }
 
 private:
+    static int64_t most_simulations(const SearchSettings& settings, const TreeSizes& sizes) {
+        return *std::max_element(settings.budget_B, settings.budget_B + sizes.trees);
+    }
+
+    // No room for more leaves than there are simulations.
+    static SearchSettings bounded(SearchSettings settings, const TreeSizes& sizes) {
+        settings.leaves = std::clamp<int64_t>(most_simulations(settings, sizes), 1, settings.leaves);
+        return settings;
+    }
+
     int64_t rows() const { return sizes_.trees * settings_.leaves; }
     EvaluationRows rows_out() { return {actions_.data(), logits_.data(), values_.data()}; }
     EvaluationRow row(int64_t index) const {
@@ -136,9 +149,12 @@ private:
         parallel_for(int64_t(tasks_.size()), settings_.threads, [&](int64_t i) { body(tasks_[size_t(i)]); });
     }
 
-    // Roots, and what Sequential Halving needs of them.
+    // Roots, new or used again.
     void begin() {
         if (settings_.first_slot_B == nullptr) {
+            each_task([this](Task& task) {
+                for (int64_t b = task.begin; b < task.end; ++b) clear(trees_[size_t(b)].tree);
+            });
             evaluator_.reserve(sizes_.slots);
             evaluator_.root(rows_out());
             for (int64_t b = 0; b < sizes_.trees; ++b) {
@@ -152,7 +168,13 @@ private:
                 keep_prior_mass(row(b).prior_logits_A, sizes_.actions, settings_.root_prior_mass, tree.root_actions_A);
                 enter_root(tree, row(b), settings_.judge);
             }
-        } else if (settings_.rules.policy == Policy::gumbel) {
+            return set_races();
+        }
+        for (int64_t b = 0; b < sizes_.trees; ++b) {
+            check_links(trees_[size_t(b)].tree, trees_[size_t(b)].first_slot, b);
+        }
+        evaluator_.remap(settings_.new_from_old_BS, settings_.old_slots, sizes_.slots);
+        if (settings_.rules.policy == Policy::gumbel) {
             visits_before_.resize(size_t(sizes_.trees * sizes_.actions));
             for (int64_t b = 0; b < sizes_.trees; ++b) {
                 int32_t* before = visits_before_.data() + b * sizes_.actions;
@@ -160,6 +182,10 @@ private:
                 trees_[size_t(b)].visits_before_A = before;
             }
         }
+        set_races();
+    }
+
+    void set_races() {
         if (settings_.rules.policy != Policy::gumbel) return;
         for (Progress& tree : trees_) {
             const int64_t kept = std::count(tree.tree.root_actions_A, tree.tree.root_actions_A + sizes_.actions, true);
@@ -188,7 +214,6 @@ private:
     void land(Task& task, Progress& tree, int64_t b) {
         for (int64_t i = 0; i < tree.in_flight; ++i) {
             const Flight& flight = tree.flights[i];
-            const int64_t slot = tree.first_slot + tree.finished++;
             if (tree.pending_SA != nullptr) count_pending(tree, flight, -1);
             if (flight.expands) {
                 const int64_t index = task.first_row + flight.row;
@@ -200,8 +225,6 @@ private:
                 if (!good_values || !good_logits) continue;
                 const int64_t edge = flight.parent * sizes_.actions + flight.action;
                 enter_leaf(tree.tree, flight, ends_text(tree.tree.children_tokens_SA[edge]), said, settings_.judge);
-            } else {
-                clear_slot(tree.tree, slot);
             }
             back_up(tree.tree, flight.node, settings_.judge);
         }
@@ -229,8 +252,8 @@ private:
         }
     }
 
-    // From the root to an unvisited action, a terminal node or the depth cap. `flight.node` comes in as the slot of a new
-    // leaf. False: the leaf is in flight already.
+    // From the root to an unvisited action, a terminal node or the depth cap. `flight.node` comes in as the slot of a
+    // new leaf. False: the leaf is in flight already.
     template <bool kPending>
     bool descend(Task& task, const Progress& progress, Flight& flight) {
         const TreeView& tree = progress.tree;
@@ -351,7 +374,8 @@ private:
     Buffer<Flight> flights_;
     Buffer<int64_t> actions_;
     Buffer<float> logits_, values_;
-    std::vector<int32_t> pending_, visits_before_;
+    std::unique_ptr<int32_t, decltype(&std::free)> pending_{nullptr, std::free};
+    std::vector<int32_t> visits_before_;
     std::map<std::pair<int64_t, int64_t>, std::vector<int32_t>> races_;
     std::vector<Task> tasks_;
     std::vector<Leaf> leaves_;

@@ -25,8 +25,11 @@ struct SearchSettings {
     // own value is there, so that the next one goes elsewhere.
     int64_t leaves;
     int32_t virtual_loss;
-    // Null for a new tree. Else the block holds trees whose first free slots these are, and the evaluator their latents.
+    // Null for a new tree. Else the block holds trees whose first free slots these are, and the evaluator has the
+    // latents where they were before: `new_from_old_BS` says where they go.
     const int64_t* first_slot_B;
+    const int64_t* new_from_old_BS;
+    int64_t old_slots;
     int threads;
 };
 
@@ -39,8 +42,8 @@ struct BadEvaluation : std::exception {
     const char* what() const noexcept override { return "evaluator: not an evaluation"; }
 };
 
-// Fills the block of memory (tree_bytes(sizes), root_gumbel_BA already there). Throws BadEvaluation, and whatever the
-// evaluator or the stop rule throws.
+// Fills the block of memory: tree_bytes(sizes) of zeros but for root_gumbel_BA, or trees to go on with. Throws
+// BadEvaluation, and whatever the evaluator or the stop rule throws.
 void search(Evaluator& evaluator, const SearchSettings& settings, uint8_t* block, const TreeSizes& sizes,
             StopRule& stop);
 

@@ -1,7 +1,9 @@
 #include "search/tree.hpp"
 
 #include <algorithm>
-#include <cstring>
+#include <cmath>
+#include <stdexcept>
+#include <string>
 
 #include "search/numerics.hpp"
 
@@ -101,23 +103,33 @@ TreeView view_tree(uint8_t* block, const TreeSizes& s, int64_t tree) {
     return view;
 }
 
-void clear_slot(const TreeView& t, int64_t slot) {
-    t.node_visits_S[slot] = 0;
-    std::fill_n(t.node_values_SL + slot * t.layers, t.layers, 0.0f);
-    t.node_consensus_S[slot] = 0.0f;
-    std::fill_n(t.raw_values_SL + slot * t.layers, t.layers, 0.0f);
-    t.raw_consensus_S[slot] = 0.0f;
-    t.parents_S[slot] = kNoParent;
-    t.action_from_parent_S[slot] = kNoParent;
-    t.depth_S[slot] = 0;
-    t.terminal_S[slot] = false;
-    const int64_t edge = slot * t.actions;
-    std::fill_n(t.children_index_SA + edge, t.actions, kUnvisited);
-    std::fill_n(t.children_tokens_SA + edge, t.actions, kNoToken);
-    std::fill_n(t.children_prior_logits_SA + edge, t.actions, 0.0f);
-    std::fill_n(t.children_prior_probs_SA + edge, t.actions, 0.0f);
-    std::fill_n(t.children_visits_SA + edge, t.actions, 0);
-    std::fill_n(t.children_values_SA + edge, t.actions, 0.0f);
+void clear(const TreeView& t) {
+    std::fill_n(t.parents_S, t.slots, kNoParent);
+    std::fill_n(t.action_from_parent_S, t.slots, kNoParent);
+    std::fill_n(t.children_index_SA, t.slots * t.actions, kUnvisited);
+    std::fill_n(t.children_tokens_SA, t.slots * t.actions, kNoToken);
+}
+
+void check_links(const TreeView& t, int64_t filled_slots, int64_t index) {
+    const auto refuse = [&](int64_t slot, const char* what, int64_t value) {
+        throw std::invalid_argument("reuse: tree " + std::to_string(index) + ", slot " + std::to_string(slot) + ": " +
+                                    what + " = " + std::to_string(value) + "; allowed: what a search has left");
+    };
+    for (int64_t slot = 0; slot < t.slots; ++slot) {
+        const int64_t parent = t.parents_S[slot], action = t.action_from_parent_S[slot];
+        const bool root = slot == kRoot, filled = t.node_visits_S[slot] != 0;
+        if (filled && (t.node_visits_S[slot] < 0 || t.node_visits_S[slot] > t.node_visits_S[kRoot])) {
+            refuse(slot, "visits", t.node_visits_S[slot]);
+        }
+        if ((root || filled) != (slot < filled_slots)) refuse(slot, "visits", t.node_visits_S[slot]);
+        if (filled && !root && (parent < 0 || parent >= slot)) refuse(slot, "parent", parent);
+        if (filled && !root && (action < 0 || action >= t.actions)) refuse(slot, "action", action);
+        for (int64_t a = 0; a < t.actions; ++a) {
+            const int64_t child = t.children_index_SA[slot * t.actions + a];
+            if (child == kUnvisited) continue;
+            if (!filled || child <= slot || child >= filled_slots) refuse(slot, "child", child);
+        }
+    }
 }
 
 namespace {
@@ -127,11 +139,8 @@ void enter_node(const TreeView& t, int64_t slot, const EvaluationRow& row, const
     const int64_t edge = slot * t.actions;
     std::copy_n(row.values_L, t.layers, t.raw_values_SL + slot * t.layers);
     t.raw_consensus_S[slot] = consensus(row.values_L, judge.weights_L, t.layers, judge.penalty);
-    std::fill_n(t.children_index_SA + edge, t.actions, kUnvisited);
     std::copy_n(row.actions_A, t.actions, t.children_tokens_SA + edge);
     std::copy_n(row.prior_logits_A, t.actions, t.children_prior_logits_SA + edge);
-    std::fill_n(t.children_visits_SA + edge, t.actions, 0);
-    std::fill_n(t.children_values_SA + edge, t.actions, 0.0f);
 }
 
 }  // namespace
@@ -141,15 +150,10 @@ void enter_root(const TreeView& t, const EvaluationRow& row, const Consensus& ju
     t.node_visits_S[kRoot] = 1;
     std::copy_n(row.values_L, t.layers, t.node_values_SL);
     t.node_consensus_S[kRoot] = t.raw_consensus_S[kRoot];
-    t.parents_S[kRoot] = kNoParent;
-    t.action_from_parent_S[kRoot] = kNoParent;
-    t.depth_S[kRoot] = 0;
-    t.terminal_S[kRoot] = false;
     for (int64_t a = 0; a < t.actions; ++a) {
         t.children_prior_probs_SA[a] = t.root_actions_A[a] ? row.prior_logits_A[a] : -INFINITY;
     }
     softmax(t.children_prior_probs_SA, t.actions, t.children_prior_probs_SA);
-    *t.num_simulations = 0;
 }
 
 void enter_leaf(const TreeView& t, const Flight& flight, bool terminal, const EvaluationRow& row,
@@ -157,8 +161,6 @@ void enter_leaf(const TreeView& t, const Flight& flight, bool terminal, const Ev
     const int64_t slot = flight.node;
     enter_node(t, slot, row, judge);
     softmax(row.prior_logits_A, t.actions, t.children_prior_probs_SA + slot * t.actions);
-    t.node_visits_S[slot] = 0;
-    std::fill_n(t.node_values_SL + slot * t.layers, t.layers, 0.0f);
     t.parents_S[slot] = flight.parent;
     t.action_from_parent_S[slot] = flight.action;
     t.depth_S[slot] = flight.depth;

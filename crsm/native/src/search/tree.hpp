@@ -1,5 +1,5 @@
-// The search tree: the arrays of crsm/search/tree.py in one block of memory, field by field, each tree's part of a field
-// contiguous, so that NumPy sees them without a copy. The meaning of the fields is written there.
+// The search tree: the arrays of crsm/search/tree.py in one block of memory, field by field, each tree's part of a
+// field contiguous, so that NumPy sees them without a copy. The meaning of the fields is written there.
 //
 // B trees, S node slots, A children per node, L layers.
 #pragma once
@@ -81,13 +81,17 @@ struct Flight {
     int64_t row;
 };
 
-// Makes a slot empty.
-void clear_slot(const TreeView& tree, int64_t slot);
+// Makes all slots empty, in memory that is zero.
+void clear(const TreeView& tree);
+
+// Refuses a tree that did not come from a search, where it could lead astray: a slot or an action out of range, a child
+// that does not follow its parent, a node with more visits than the root. Throws std::invalid_argument.
+void check_links(const TreeView& tree, int64_t filled_slots, int64_t index);
 
 // Fills in the root; root_actions_A and root_gumbel_A must be there.
 void enter_root(const TreeView& tree, const EvaluationRow& row, const Consensus& judge);
 
-// Fills in the slot of a new leaf, as yet without a visit.
+// Fills in the empty slot of a new leaf, as yet without a visit.
 void enter_leaf(const TreeView& tree, const Flight& flight, bool terminal, const EvaluationRow& row,
                 const Consensus& judge);
 
