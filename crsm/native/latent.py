@@ -147,7 +147,7 @@ class LatentNetwork:
     ) -> Any:
         """The evaluator of one search over the F futures; an object of the extension module.
 
-        It is a ``NativeEvaluator`` of ``crsm/search/native.py``; ``remap`` moves latents with a tree that is used again.
+        It is a ``NativeEvaluator`` of ``crsm/search/native.py``; ``remap`` moves latents with a tree that is reused.
         A terminal token takes over the value of the position that it ends. For one thread at a time.
 
         Raises:

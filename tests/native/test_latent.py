@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,15 @@ from tests.native.latent_models import SHAPES, another_world_model, random_model
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native core: {native.MISSING}")
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """PyTorch's products are small here; threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=[*SHAPES, "nano"])
