@@ -9,10 +9,9 @@ One :meth:`Engine.step` says one token of every running generation:
 4. plans that are due, match what was said and have an open gate are written into the state;
 5. the batch consumes its tokens, the next ones are sampled, finished generations leave.
 
-Guarantees: with no planner, or all gates 0, the tokens are those of the plain backbone, bit for bit: prompts through its
-``forward``, then a token at a time through the decoder that the settings choose. A plan reaches only the generation that
-asked for it: ids are never reused, and an ended generation takes its plans with it. Every request is settled with exactly
-one reason.
+Guarantees: with no planner, or all gates 0, the tokens are those of the plain backbone, bit for bit (``forward`` for
+the prompt, then the decoder that the settings choose). A plan reaches only the generation that asked for it: ids are
+never reused, and an ended generation takes its plans with it. Every request is settled with exactly one reason.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crsm import native
 from crsm.config import BackboneConfig
-from crsm.kernels import KERNELS, reference, select_kernels
+from crsm.kernels import KERNELS, cuda, reference, select_kernels
 from crsm.mamba_ssm import Backbone
 from crsm.model import CRSM
 from crsm.types import LayerState, ModelState
@@ -25,9 +25,9 @@ V = 20
 seeds = st.integers(0, 2**31)
 
 
-@pytest.fixture(scope="module", autouse=True, params=sorted(KERNELS))
+@pytest.fixture(scope="module", autouse=True, params=sorted(set(KERNELS) - {"cuda"}))
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Everything here holds for a backbone on any kernels."""
+    """Everything here holds for a backbone on any kernels for the CPU."""
     if request.param == "native" and not native.available():
         pytest.skip(f"no native core: {native.MISSING}")
     with pytest.MonkeyPatch.context() as patch:
@@ -457,11 +457,13 @@ def test_unknown_kernels_are_refused_and_the_known_listed(kernels: str, monkeypa
         select_kernels()
     assert select_kernels("reference") is reference, "a name that is given goes before the environment"
     monkeypatch.delenv("CRSM_KERNELS")
-    assert select_kernels().NAME == ("native" if native.available() else "reference")
+    best = [cuda.NAME] * cuda.available() + ["native"] * native.available() + ["reference"]
+    assert select_kernels().NAME == best[0]
 
 
 def test_native_kernels_without_the_core_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crsm.kernels.available", lambda: False)
+    monkeypatch.setattr(cuda, "missing", lambda: "no GPU")
     monkeypatch.delenv("CRSM_KERNELS")
     assert select_kernels() is reference
     with pytest.raises(ValueError, match="kernels = 'native': no native core"):

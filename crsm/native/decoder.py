@@ -11,7 +11,7 @@ K convolution width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,23 @@ from crsm.native import require
 from crsm.types import LayerState, ModelState, StepOutput
 
 Weights = Literal["fp32", "bf16", "int8"]
+
+
+class _HeldState(ModelState):
+    """A state whose memory a decoder knows already; anywhere else, and as a copy, a plain ``ModelState``."""
+
+    __slots__ = ("core", "memory")
+
+    core: Any
+    memory: Any
+
+    def __init__(self, layers: tuple[LayerState, ...], memory: Any, core: Any) -> None:
+        super().__init__(layers)
+        object.__setattr__(self, "memory", memory)
+        object.__setattr__(self, "core", core)
+
+    def __reduce__(self) -> tuple[type[ModelState], tuple[tuple[LayerState, ...]]]:
+        return ModelState, (self.layers,)
 
 
 class NativeDecoder:
@@ -45,8 +62,8 @@ class NativeDecoder:
         if threads is not None and threads < 1:
             raise ValueError(f"threads = {threads}; allowed: at least 1, or None")
         has_head = hasattr(model, "lm_head")
-        self._model: Any = model
-        self._backbone: Any = model.backbone if has_head else model
+        self._model = cast(Any, model)
+        self._backbone = cast(Any, model.backbone if has_head else model)
         self._threads = threads or 0
         self.weights = weights
         sizes = self._backbone.config
@@ -65,13 +82,13 @@ class NativeDecoder:
             head=has_head,
         )
         self._has_head = has_head
-        self._parameters: list[tuple[str, Tensor]] = []
-        self._packed: list[tuple[int, int]] = []
+        self._places: list[tuple[str, dict[str, Any], str]] = []
+        self._packed: list[tuple[dict[str, Any], str, Tensor, int | None, int]] = []
         self.refresh()
 
     @property
     def bytes_of_weights(self) -> int:
-        """What the weights take: packed matrices with their scales, vectors, and the embedding that is read in place."""
+        """Of packed matrices with their scales, of vectors, and of the embedding that is read in place."""
         return int(self._core.bytes_of_weights)
 
     def refresh(self) -> None:
@@ -80,7 +97,7 @@ class NativeDecoder:
         Raises:
             ValueError: a parameter is not fp32, not on the CPU or not finite; it is named.
         """
-        self._parameters = [*_named_parameters(self._model, self._backbone)]
+        self._places = [*_parameter_places(self._model, self._has_head)]
         self._check()
         backbone = self._backbone
         with torch.no_grad():
@@ -108,7 +125,11 @@ class NativeDecoder:
                     _array(model.lm_head.weight),
                     self._threads,
                 )
-        self._packed = self._versions()
+        self._packed = []
+        for _, holder, key in self._places:
+            parameter = holder[key]
+            version = None if parameter.is_inference() else parameter._version  # inference tensors do not count
+            self._packed.append((holder, key, parameter, version, parameter.data_ptr()))
 
     def step(self, token_B: Tensor, state: ModelState, donate: bool = False) -> StepOutput:
         """Consumes one token per sequence, as ``Backbone.step`` does.
@@ -163,37 +184,52 @@ class NativeDecoder:
         if token_B.ndim != 1 or len(token_B) < 1:
             raise ValueError(f"token_B has shape {tuple(token_B.shape)}; allowed: (B,) with B ≥ 1")
         _check_tensor("token_B", token_B, torch.int64)
-        layers, batch = state.layers, len(token_B)
-        if len(layers) != self._layers:
-            raise ValueError(f"state has {len(layers)} layers; allowed: {self._layers}")
-        for layer in layers:
-            _check_tensor("conv_BCK", layer.conv_BCK, torch.float32)
-            _check_tensor("ssm_BHPN", layer.ssm_BHPN, torch.float32)
-        conv_in = [_array(layer.conv_BCK) for layer in layers]
-        ssm_in = [_array(layer.ssm_BHPN) for layer in layers]
+        batch = len(token_B)
         hidden_BLD = torch.empty(batch, self._layers, self._width)
         decay_LBH = torch.empty(self._layers, batch, self._heads)
         outputs = (hidden_BLD.numpy(), decay_LBH.numpy(), None if logits_BV is None else logits_BV.numpy())
         token = _array(token_B)
-        if donate and _is_owned(layers):
-            self._core.step(token, conv_in, ssm_in, conv_in, ssm_in, *outputs, self._threads)
+        if isinstance(state, _HeldState) and state.core is self._core:
+            memory = state.memory
+        else:
+            memory = self._memory(state, batch)
+            if donate and memory.apart and all(tensor.is_contiguous() for layer in state.layers for tensor in layer):
+                state = _HeldState(state.layers, memory, self._core)
+            else:
+                donate = False
+        if donate:
+            self._core.step(token, memory, memory, *outputs, self._threads)
             return StepOutput(hidden_BLD, state, decay_LBH.unbind())
-        conv_LBCK, ssm_LBHPN = self._core.new_state(batch)
-        self._core.step(token, conv_in, ssm_in, [*conv_LBCK], [*ssm_LBHPN], *outputs, self._threads)
-        new = zip(torch.from_numpy(conv_LBCK).unbind(), torch.from_numpy(ssm_LBHPN).unbind(), strict=True)
-        return StepOutput(hidden_BLD, ModelState(tuple(LayerState(conv, ssm) for conv, ssm in new)), decay_LBH.unbind())
+        conv_LBCK, ssm_LBHPN, new = self._core.new_state(batch)
+        self._core.step(token, memory, new, *outputs, self._threads)
+        layers = zip(torch.from_numpy(conv_LBCK).unbind(), torch.from_numpy(ssm_LBHPN).unbind(), strict=True)
+        held = _HeldState(tuple(LayerState(conv, ssm) for conv, ssm in layers), new, self._core)
+        return StepOutput(hidden_BLD, held, decay_LBH.unbind())
+
+    def _memory(self, state: ModelState, batch: int) -> Any:
+        """The core's view of a state; of copies where tensors have gaps."""
+        if len(state.layers) != self._layers:
+            raise ValueError(f"state has {len(state.layers)} layers; allowed: {self._layers}")
+        for layer in state.layers:
+            _check_tensor("conv_BCK", layer.conv_BCK, torch.float32)
+            _check_tensor("ssm_BHPN", layer.ssm_BHPN, torch.float32)
+        if len(state.layers[0].conv_BCK) != batch:
+            raise ValueError(f"state has {len(state.layers[0].conv_BCK)} sequences; allowed: {batch}, as token_B has")
+        return self._core.state_of(
+            [_array(layer.conv_BCK) for layer in state.layers], [_array(layer.ssm_BHPN) for layer in state.layers]
+        )
 
     def _renew(self) -> None:
-        if self._versions() != self._packed:
-            self.refresh()
-
-    def _versions(self) -> list[tuple[int, int]]:
-        return [
-            (0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for _, tensor in self._parameters
-        ]
+        for holder, key, parameter, version, place in self._packed:
+            # Replaced, written to, or given other memory.
+            now = holder[key]
+            if now is not parameter or now.data_ptr() != place or (version is not None and now._version != version):
+                self.refresh()
+                return
 
     def _check(self) -> None:
-        for name, tensor in self._parameters:
+        for name, holder, key in self._places:
+            tensor = holder[key]
             _check_tensor(name, tensor, torch.float32)
             # Layers that an imported checkpoint does not read have a logit of -inf: weight 0, exactly.
             finite = ~tensor.isnan() if name == "fusion.logits_L" else tensor.isfinite()
@@ -201,14 +237,14 @@ class NativeDecoder:
                 raise ValueError(f"{name} holds {tensor[~finite].flatten()[0].item()}; allowed: finite numbers")
 
 
-def _named_parameters(model: nn.Module, backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What is packed: the backbone, and the head where there is one."""
-    if model is backbone:
-        yield from backbone.named_parameters()
-        return
-    for name, parameter in model.named_parameters():
-        if name.split(".")[0] in ("backbone", "fusion", "lm_head"):
-            yield name, parameter
+def _parameter_places(model: nn.Module, has_head: bool) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Names of the parameters that are packed, and where they are found even after one is replaced."""
+    for prefix, module in model.named_modules():
+        if has_head and prefix.split(".")[0] not in ("backbone", "fusion", "lm_head"):
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{key}".lstrip("."), module._parameters, key
 
 
 def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -221,10 +257,3 @@ def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
 def _array(tensor: Tensor) -> np.ndarray:
     """A contiguous view, or copy, as NumPy has it."""
     return tensor.detach().contiguous().numpy()
-
-
-def _is_owned(layers: tuple[LayerState, ...]) -> bool:
-    """Whether every tensor can be written in place: without gaps, and in memory that no other one uses."""
-    if not all(tensor.is_contiguous() for layer in layers for tensor in layer):
-        return False
-    return len({tensor.data_ptr() for layer in layers for tensor in layer}) == 2 * len(layers)

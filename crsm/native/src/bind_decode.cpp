@@ -28,6 +28,36 @@ int64_t positive(int64_t value, const char* name) {
     return value;
 }
 
+// The tensors of a state as the decoder uses them, checked once, with what keeps them alive.
+struct StateMemory {
+    int64_t batch = 0;
+    std::vector<float*> conv, ssm;  // per layer
+    int64_t conv_count = 0, ssm_count = 0;  // numbers of one tensor
+    bool apart = false;  // no two tensors share memory: it may be written
+    std::vector<AnyArray> arrays;
+    nb::object owner;
+};
+
+// Whether pieces of `count` numbers from these addresses on have no memory in common.
+bool lie_apart(std::vector<float*> addresses, int64_t count) {
+    std::sort(addresses.begin(), addresses.end());
+    for (size_t i = 1; i < addresses.size(); ++i) {
+        if (addresses[i] < addresses[i - 1] + count) return false;
+    }
+    return true;
+}
+// Whether what is written has no memory in common with what is read, which may share memory itself.
+bool lie_apart(const std::vector<float*>& read, std::vector<float*> written, int64_t count) {
+    std::sort(written.begin(), written.end());
+    for (const float* piece : read) {
+        // The first piece that ends behind this one's begin; the pieces themselves lie apart.
+        const auto next = std::upper_bound(written.begin(), written.end(), piece,
+                                           [count](const float* x, const float* y) { return x < y + count; });
+        if (next != written.end() && *next < piece + count) return false;
+    }
+    return true;
+}
+
 // A decoder that Python holds, with what it must keep alive.
 class BoundDecoder {
 public:
@@ -81,14 +111,44 @@ public:
     nb::tuple new_state(int64_t batch) {
         const DecodeSizes& s = decoder_->sizes();
         const size_t L = size(s.n_layer), B = size(positive(batch, "batch"));
-        return nb::make_tuple(pooled({L, B, size(s.conv_channels()), size(s.d_conv - 1)}),
-                              pooled({L, B, size(s.n_heads), size(s.headdim), size(s.d_state)}));
+        const auto conv = pooled({L, B, size(s.conv_channels()), size(s.d_conv - 1)});
+        const auto ssm = pooled({L, B, size(s.n_heads), size(s.headdim), size(s.d_state)});
+        StateMemory memory = empty_memory(batch);
+        for (int64_t layer = 0; layer < s.n_layer; ++layer) {
+            memory.conv.push_back(conv.data() + layer * memory.conv_count);
+            memory.ssm.push_back(ssm.data() + layer * memory.ssm_count);
+        }
+        memory.apart = true;
+        memory.owner = nb::make_tuple(conv, ssm);
+        nb::object arrays = memory.owner;
+        return nb::make_tuple(arrays[0], arrays[1], std::move(memory));
     }
 
-    // conv_out and ssm_out: the lists of new tensors; an entry may be the tensor of the input list.
-    void step(AnyArray token, const std::vector<AnyArray>& conv_in, const std::vector<AnyArray>& ssm_in,
-              const std::vector<AnyArray>& conv_out, const std::vector<AnyArray>& ssm_out, AnyArray hidden,
-              AnyArray decay, std::optional<AnyArray> logits, int threads) {
+    // The memory of tensors that are there: conv (B, C, K-1) and ssm (B, H, P, N), one of each a layer.
+    StateMemory state_of(const std::vector<AnyArray>& conv, const std::vector<AnyArray>& ssm) const {
+        const DecodeSizes& s = decoder_->sizes();
+        if (static_cast<int64_t>(conv.size()) != s.n_layer || ssm.size() != conv.size()) {
+            throw std::invalid_argument("the state has " + std::to_string(conv.size()) + " conv_BCK and " +
+                                        std::to_string(ssm.size()) + " ssm_BHPN; allowed: one of each a layer, " +
+                                        std::to_string(s.n_layer));
+        }
+        if (conv[0].ndim() < 1) throw std::invalid_argument("conv_BCK has shape (); allowed: (B, C, K-1)");
+        StateMemory memory = empty_memory(static_cast<int64_t>(conv[0].shape(0)));
+        for (size_t layer = 0; layer < conv.size(); ++layer) {
+            memory.conv.push_back(
+                checked<float>(conv[layer], "conv_BCK", {memory.batch, s.conv_channels(), s.d_conv - 1}));
+            memory.ssm.push_back(
+                checked<float>(ssm[layer], "ssm_BHPN", {memory.batch, s.n_heads, s.headdim, s.d_state}));
+        }
+        memory.apart = lie_apart(memory.conv, memory.conv_count) && lie_apart(memory.ssm, memory.ssm_count);
+        memory.arrays = conv;
+        memory.arrays.insert(memory.arrays.end(), ssm.begin(), ssm.end());
+        return memory;
+    }
+
+    // `to` may be `from`: then the state is moved in place.
+    void step(AnyArray token, const StateMemory& from, StateMemory& to, AnyArray hidden, AnyArray decay,
+              std::optional<AnyArray> logits, int threads) {
         const DecodeSizes& s = decoder_->sizes();
         DecodeStep step;
         step.token_B = checked<const int64_t>(token, "token_B", {-1});
@@ -100,18 +160,16 @@ public:
                                             std::to_string(s.vocab_size - 1));
             }
         }
-        const std::initializer_list<int64_t> conv_shape{step.batch, s.conv_channels(), s.d_conv - 1};
-        const std::initializer_list<int64_t> ssm_shape{step.batch, s.n_heads, s.headdim, s.d_state};
-        const auto conv_from = addresses<const float>(conv_in, "conv_BCK", conv_shape);
-        const auto ssm_from = addresses<const float>(ssm_in, "ssm_BHPN", ssm_shape);
-        const auto conv_to = addresses<float>(conv_out, "new conv_BCK", conv_shape);
-        const auto ssm_to = addresses<float>(ssm_out, "new ssm_BHPN", ssm_shape);
-        check_apart(conv_from, conv_to, step.batch * s.conv_channels() * (s.d_conv - 1), "conv_BCK");
-        check_apart(ssm_from, ssm_to, step.batch * s.d_inner() * s.d_state, "ssm_BHPN");
-        step.conv_in = conv_from.data();
-        step.ssm_in = ssm_from.data();
-        step.conv_out = conv_to.data();
-        step.ssm_out = ssm_to.data();
+        check_state(from, step.batch);
+        check_state(to, step.batch);
+        if (!to.apart || (&from != &to && !(lie_apart(from.conv, to.conv, from.conv_count) &&
+                                            lie_apart(from.ssm, to.ssm, from.ssm_count)))) {
+            throw std::invalid_argument("tensors of the new state share memory; allowed: memory of its own for each");
+        }
+        step.conv_in = from.conv.data();
+        step.ssm_in = from.ssm.data();
+        step.conv_out = to.conv.data();
+        step.ssm_out = to.ssm.data();
         step.hidden_BLD = checked<float>(hidden, "hidden_BLD", {step.batch, s.n_layer, s.d_model});
         step.decay_LBH = checked<float>(decay, "decay_LBH", {s.n_layer, step.batch, s.n_heads});
         if (logits.has_value()) {
@@ -142,59 +200,37 @@ private:
         if (!decoder_->has_head()) throw std::invalid_argument("head = False; allowed: logits of a decoder with a head");
     }
 
-    template <typename T>
-    std::vector<T*> addresses(const std::vector<AnyArray>& tensors, const char* name,
-                              std::initializer_list<int64_t> shape) const {
-        if (static_cast<int64_t>(tensors.size()) != decoder_->sizes().n_layer) {
-            throw std::invalid_argument(std::string("the state has ") + std::to_string(tensors.size()) + " " + name +
-                                        "; allowed: one a layer, " + std::to_string(decoder_->sizes().n_layer));
-        }
-        std::vector<T*> found;
-        for (const AnyArray& tensor : tensors) found.push_back(checked<T>(tensor, name, shape));
-        return found;
+    StateMemory empty_memory(int64_t batch) const {
+        const DecodeSizes& s = decoder_->sizes();
+        StateMemory memory;
+        memory.batch = batch;
+        memory.conv_count = batch * s.conv_channels() * (s.d_conv - 1);
+        memory.ssm_count = batch * s.d_inner() * s.d_state;
+        return memory;
     }
 
-    // What is written may be what is read for the same layer, and nothing else.
-    static void check_apart(const std::vector<const float*>& from, const std::vector<float*>& to, int64_t count,
-                            const char* name) {
-        struct Use {
-            const float* begin;
-            bool written;
-            size_t layer;
-        };
-        std::vector<Use> uses;
-        for (size_t layer = 0; layer < from.size(); ++layer) {
-            uses.push_back({from[layer], false, layer});
-            uses.push_back({to[layer], true, layer});
-        }
-        std::sort(uses.begin(), uses.end(), [](const Use& a, const Use& b) {
-            return a.begin != b.begin ? a.begin < b.begin : a.layer != b.layer ? a.layer < b.layer : a.written < b.written;
-        });
-        // Sorted by address: whatever overlaps a piece begins before its end.
-        for (size_t i = 0; i < uses.size(); ++i) {
-            for (size_t j = i + 1; j < uses.size() && uses[j].begin < uses[i].begin + count; ++j) {
-                const bool in_place = uses[i].begin == uses[j].begin && uses[i].layer == uses[j].layer;
-                if ((uses[i].written || uses[j].written) && !in_place) {
-                    throw std::invalid_argument(std::string(name) + " of layers " + std::to_string(uses[i].layer) +
-                                                " and " + std::to_string(uses[j].layer) +
-                                                " share memory; allowed: memory of its own for what is written");
-                }
-            }
+    void check_state(const StateMemory& memory, int64_t batch) const {
+        const StateMemory mine = empty_memory(batch);
+        if (memory.batch != batch || memory.conv_count != mine.conv_count || memory.ssm_count != mine.ssm_count ||
+            static_cast<int64_t>(memory.conv.size()) != decoder_->sizes().n_layer) {
+            throw std::invalid_argument("the state is of batch " + std::to_string(memory.batch) + " and " +
+                                        std::to_string(memory.conv.size()) + " layers; allowed: of this model, batch " +
+                                        std::to_string(batch));
         }
     }
 
     nb::ndarray<nb::numpy, float> pooled(std::initializer_list<size_t> shape) {
         struct Lent {
-            std::shared_ptr<Decoder> decoder;  // the pool lives as long as what it lent
+            std::shared_ptr<PagePool> pool;  // lives as long as what it lent
             Pages pages;
         };
         size_t bytes = sizeof(float);
         for (const size_t extent : shape) bytes *= extent;
-        auto lent = std::make_unique<Lent>(Lent{decoder_, decoder_->pool().take(bytes)});
+        auto lent = std::make_unique<Lent>(Lent{decoder_->pool(), decoder_->pool()->take(bytes)});
         float* data = static_cast<float*>(lent->pages.data());
         nb::capsule owner(lent.release(), [](void* p) noexcept {
             std::unique_ptr<Lent> lent(static_cast<Lent*>(p));
-            lent->decoder->pool().give_back(std::move(lent->pages));
+            lent->pool->give_back(std::move(lent->pages));
         });
         return nb::ndarray<nb::numpy, float>(data, shape, owner);
     }
@@ -223,6 +259,7 @@ void linear_as(AnyArray x, AnyArray weight, AnyArray y, const std::string& weigh
 void bind_decode(nb::module_& m) {
     m.def("linear_as", &linear_as, nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("weights"),
           nb::arg("threads") = 0);
+    nb::class_<StateMemory>(m, "StateMemory").def_ro("apart", &StateMemory::apart);
     nb::class_<BoundDecoder>(m, "Decoder")
         .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, const std::string&, bool>(),
              nb::kw_only(), nb::arg("d_model"), nb::arg("n_layer"), nb::arg("d_state"), nb::arg("headdim"),
@@ -235,8 +272,9 @@ void bind_decode(nb::module_& m) {
         .def("load_head", &BoundDecoder::load_head, nb::arg("fusion"), nb::arg("norm"), nb::arg("lm_head"),
              nb::arg("threads") = 0)
         .def("new_state", &BoundDecoder::new_state, nb::arg("batch"))
-        .def("step", &BoundDecoder::step, nb::arg("token"), nb::arg("conv_in"), nb::arg("ssm_in"), nb::arg("conv_out"),
-             nb::arg("ssm_out"), nb::arg("hidden"), nb::arg("decay"), nb::arg("logits").none(), nb::arg("threads") = 0)
+        .def("state_of", &BoundDecoder::state_of, nb::arg("conv"), nb::arg("ssm"))
+        .def("step", &BoundDecoder::step, nb::arg("token"), nb::arg("from_state"), nb::arg("to_state"),
+             nb::arg("hidden"), nb::arg("decay"), nb::arg("logits").none(), nb::arg("threads") = 0)
         .def("logits", &BoundDecoder::logits, nb::arg("hidden"), nb::arg("logits"), nb::arg("threads") = 0)
         .def_prop_ro("bytes_of_weights", &BoundDecoder::bytes_of_weights);
 }

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -34,7 +35,8 @@ public:
     // logits_BV of hidden_BLD alone.
     void logits(int64_t batch, const float* hidden_BLD, float* logits_BV, int threads);
 
-    PagePool& pool() { return pool_; }
+    // Memory of states; it outlives the decoder where a state does.
+    const std::shared_ptr<PagePool>& pool() const { return pool_; }
 
 private:
     // Tasks of a phase that are handed out; a cache line each.
@@ -52,7 +54,7 @@ private:
     Pages weights_;
     Pages scratch_;
     std::vector<Phase> phases_;
-    PagePool pool_;
+    std::shared_ptr<PagePool> pool_ = std::make_shared<PagePool>();
     std::mutex busy_;
 };
 
