@@ -95,7 +95,7 @@ build() {
     if [ "${#lacking[@]}" -gt 0 ]; then
         pip_ install "${options[@]}" --target "$SITE" --upgrade "${lacking[@]}" || return 1
     fi
-    if "$PYTHON" -c 'from crsm.kernels import cuda; import sys; sys.exit(cuda.missing())' 2>/dev/null; then
+    if "$PYTHON" -c 'from crsm.kernels import cuda; import sys; sys.exit(cuda.missing() or 0)' 2>/dev/null; then
         echo "causal-conv1d and mamba-ssm are there"
         return 0
     fi
@@ -122,7 +122,7 @@ build() {
         pip_ install --no-build-isolation --no-deps --target "$SITE" --upgrade "$folder" || return 1
         echo "$name is built"
     done
-    "$PYTHON" -c 'from crsm.kernels import cuda; import sys; sys.exit(cuda.missing())'
+    "$PYTHON" -c 'from crsm.kernels import cuda; import sys; sys.exit(cuda.missing() or 0)'
 }
 
 # Puts the sources of a package into a folder and prints where they lie.

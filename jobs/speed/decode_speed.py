@@ -233,6 +233,7 @@ def decode_rows(
     found: list[Row] = []
     for number, job in enumerate(jobs):
         progress.update(number)
+        roofline.measure_gemm()
         found += job()
     progress.update(len(jobs))
     return found

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 FLOPS_PER_PARAMETER = 6
 """Of a token in training: 2 forward, 4 backward, per parameter of a dense layer (arXiv 2001.08361). The limit counts
 nothing else: not the recurrence, not the optimizer."""
-GPU_BATCHES = (64, 32, 16, 8, 4, 2, 1)
-"""Sequences of 1,024 tokens; the largest that both models hold is taken."""
-
 Step = Callable[[], object]
 
 
@@ -51,7 +48,8 @@ CASES = (
     Case(PUBLIC_130M, 1, 512),
 )
 QUICK_CASES = (Case(TINY, 2, 12), Case(TINY, 2, 12, peer=False))
-GPU_CASE = Case(PUBLIC_130M, GPU_BATCHES[0], 1024, repeats=10)
+GPU_CASE = Case(PUBLIC_130M, 64, 1024, repeats=10)
+"""Half as many sequences, and half of that, until both models have room."""
 QUICK_GPU_CASE = Case(replace(SMALL, name="small on a GPU"), 2, 128)
 
 
@@ -63,6 +61,7 @@ def train_rows(roofline: Roofline, *, seed: int, progress: Progress, quick: bool
     cases = QUICK_CASES if quick else CASES
     for number, case in enumerate(cases):
         progress.update(number)
+        roofline.measure_gemm()
         rows.append(_cpu_row(case, roofline, seed))
     progress.update(len(cases))
     return rows
@@ -89,15 +88,16 @@ def _cpu_row(case: Case, roofline: Roofline, seed: int) -> Row:
 
 
 def _gpu_row(case: Case, roofline: Roofline, seed: int) -> Row:
-    """bf16 autocast beside mamba-ssm, with the largest batch of ``GPU_BATCHES`` that both hold."""
+    """bf16 autocast beside mamba-ssm."""
     while True:
         try:
             return _gpu_row_of(case, roofline, seed)
         except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
             if case.batch == 1:
                 raise
-            case = replace(case, batch=case.batch // 2)
+        # Only here, where no traceback holds on to the tensors any more, can their memory be given back.
+        torch.cuda.empty_cache()
+        case = replace(case, batch=case.batch // 2)
 
 
 def _gpu_row_of(case: Case, roofline: Roofline, seed: int) -> Row:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from crsm.mamba_ssm import Backbone
 from jobs import benchmark_speed
 from jobs.command import invoke
+from jobs.speed import roofline as limits
 from jobs.speed import train_speed
 from jobs.speed.decoders import NotOfferedError, TorchDecoder
 from jobs.speed.peers import llama_cpp, transformers
@@ -107,12 +108,25 @@ def test_a_row_of_the_peer_alone_says_what_ours_lacks():
 # Limits --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_limit_of_a_network_is_its_products_or_the_reading_of_its_weights():
+def test_the_limit_of_a_network_is_its_products_or_the_reading_of_its_weights(monkeypatch):
+    monkeypatch.setattr(limits, "measure_read", lambda size, device, seconds: 7.0)
     roofline = Roofline(threads=2, gemm_gflops=100.0, read={10**6: 20.0})
     # 20 GB/s read 1 MB 20,000 times a second; 100 GFLOP/s do 1 M multiply-adds 50,000 times.
     assert roofline.products_per_second(1e6, 1e6) == pytest.approx(20_000)
     assert roofline.products_per_second(1e6, 1e6, batch=2) == pytest.approx(40_000)
     assert roofline.products_per_second(1e6, 1e6, batch=64) == pytest.approx(50_000)
+
+
+def test_a_limit_is_the_best_that_was_measured(monkeypatch):
+    rates_seen = iter([5.0, 9.0, 4.0])
+    monkeypatch.setattr(limits, "measure_read", lambda size, device, seconds: next(rates_seen))
+    roofline = Roofline(threads=1, quick=True)
+    assert [roofline.read_gbs_of(10**6) for _ in range(3)] == [5.0, 9.0, 9.0]
+    products = iter([{"torch": 50.0, "native": 60.0}, {"torch": 70.0, "native": 20.0}])
+    monkeypatch.setattr(limits, "measure_gemm", lambda size, device, seconds: next(products))
+    roofline.measure_gemm()
+    roofline.measure_gemm()
+    assert (roofline.gemm, roofline.gemm_gflops) == ({"torch": 70.0, "native": 60.0}, 70.0)
 
 
 def test_the_limit_of_training_is_six_operations_per_parameter_and_token():
@@ -317,6 +331,7 @@ def test_train_stands_beside_transformers(job):
     assert status == 0
     check_rows(record, {"transformers", None})
     beside, alone = record["results"]["rows"]
+    assert beside["peer_chunk_size"] in (32, 64, 128, 256)
     assert len(beside["samples"]["ours"]) == len(beside["samples"]["peer"]) == 5
     assert beside["parameters"] == TINY.parameters
     assert "peer_name" not in alone

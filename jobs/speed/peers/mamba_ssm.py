@@ -60,7 +60,7 @@ class Decoder:
 
         cache = InferenceParams(max_seqlen=tokens_BT.shape[1] + room, max_batch_size=tokens_BT.shape[0])
         with torch.inference_mode():
-            logits_BTV = self._model(tokens_BT, inference_params=cache, num_last_tokens=1).logits
+            logits_BTV = self._model(tokens_BT.cuda(), inference_params=cache, num_last_tokens=1).logits
             cache.seqlen_offset = tokens_BT.shape[1]
             return logits_BTV[:, -1].argmax(dim=-1), cache
 
