@@ -61,22 +61,22 @@ test-browser: setup ## the tests that need a headless browser
 
 # The sanitizers' runtimes must be there before Python is; with libstdc++, whose exceptions they watch.
 CXX_RUNTIME = $$($${CXX:-g++} -print-file-name=$(1)) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)
-SANITIZED = cmake -S crsm/native -B build/$(1) -DCMAKE_BUILD_TYPE=Debug -DCRSM_SANITIZE=$(2) \
+SANITIZED = $(BIN)/cmake -S crsm/native -B build/$(1) -DCMAKE_BUILD_TYPE=Debug -DCRSM_SANITIZE=$(2) \
 	-DPython_EXECUTABLE=$(abspath $(BIN)/python) >build/$(1).log \
-	&& cmake --build build/$(1) --parallel 2 >>build/$(1).log
+	&& $(BIN)/cmake --build build/$(1) --parallel 2 >>build/$(1).log
 
 native-asan: setup ## the tests of the native core under AddressSanitizer and UndefinedBehaviorSanitizer
 	@mkdir -p build
 	$(call SANITIZED,asan,address$(COMMA)undefined)
 	LD_PRELOAD="$(call CXX_RUNTIME,libasan.so)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
-		PYTHONPATH=build/asan $(ALONE) -p no:cacheprovider tests/native tests/search
+		CRSM_NATIVE_PATH=build/asan $(ALONE) -p no:cacheprovider tests/native tests/search
 
 # Only what needs no torch, whose own threads ThreadSanitizer does not see through.
 native-tsan: setup ## the threads of the native core under ThreadSanitizer
 	@mkdir -p build
 	$(call SANITIZED,tsan,thread)
 	LD_PRELOAD="$(call CXX_RUNTIME,libtsan.so)" TSAN_OPTIONS=halt_on_error=1 \
-		OMP_NUM_THREADS=2 PYTHONPATH=build/tsan $(ALONE) -p no:cacheprovider tests/native/test_search*.py \
+		OMP_NUM_THREADS=2 CRSM_NATIVE_PATH=build/tsan $(ALONE) -p no:cacheprovider tests/native/test_search*.py \
 		tests/native/test_threads.py
 
 bench: setup ## System 1 against System 2 with all controls; results in runs/bench

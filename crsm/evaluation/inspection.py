@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from crsm import native
 from crsm.mamba_ssm import Mixer
 from crsm.model import PARTS, Checkpoint
 from crsm.types import Plan, PlanRequest
@@ -48,6 +49,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
             "vocabulary": f"{checkpoint.tokenizer.vocab_size} ({checkpoint.tokenizer.kind})",
             "tasks": ", ".join(task.name for task in config.tasks),
             "kernels": _kernels(checkpoint),
+            "native core": native.describe(),
             "weights": checkpoint.weights_hash,
             "model version": checkpoint.model_version,
             "trust horizon": _or_unmeasured(checkpoint.trust_horizon),

@@ -5,26 +5,45 @@ so that a copy of the sources (a job's working directory, say) finds the one tha
 or was built from other sources, ``core`` is None and ``MISSING`` says why; the reference implementations then serve.
 
 Processor: AVX-512, AVX2 or portable code is chosen when the module is loaded; ``CRSM_NATIVE_ISA`` in the environment
-lowers the choice. Threads: ``OMP_NUM_THREADS``, else all processors of the process; :func:`set_num_threads` changes it.
+lowers the choice. ``CRSM_NATIVE_PATH`` names a folder with another build (one under a sanitizer, say). Threads: ``OMP_NUM_THREADS``, else all processors of the process; :func:`set_num_threads` changes it.
 """
 
 from __future__ import annotations
 
+import os
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from types import ModuleType
 
-INTERFACE = 1
+INTERFACE = 2
 """Counts the changes of what Python and C++ expect of each other; ``src/module.cpp`` has the same number."""
 
 
 def _load() -> tuple[ModuleType | None, str]:
+    folder = os.environ.get("CRSM_NATIVE_PATH")
     try:
-        import _crsm_native
+        module = _import_from(folder) if folder else _import_installed()
     except ImportError as error:
         return None, f"the extension module is not installed ({error}); a C++ compiler and `pip install` make it"
-    found = getattr(_crsm_native, "INTERFACE", None)
+    found = getattr(module, "INTERFACE", None)
     if found != INTERFACE:
         return None, f"the extension module has interface {found}, the package {INTERFACE}; install the package again"
-    return _crsm_native, ""
+    return module, ""
+
+
+def _import_installed() -> ModuleType:
+    import _crsm_native
+
+    return _crsm_native
+
+
+def _import_from(folder: str) -> ModuleType:
+    spec = PathFinder.find_spec("_crsm_native", [folder])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"CRSM_NATIVE_PATH = {folder!r} holds none")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 core, MISSING = _load()
