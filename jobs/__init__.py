@@ -1,1 +1,6 @@
 """The jobs, one file each: parse the command line, build the parts, run them. ``python -m jobs.X --help``."""
+
+import os
+
+# PyTorch's idle threads would spin on the cores that the native core's threads need. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

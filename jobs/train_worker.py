@@ -61,7 +61,10 @@ def _train_and_save(work: Work) -> None:
     if world > 1:
         # A worker's part of a batch may leave a part of the model unused (no judged row: no critic).
         module = DistributedDataParallel(
-            stage, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=True
+            stage,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            find_unused_parameters=True,
+            broadcast_buffers=False,  # no buffer changes in training
         )
     resume = _latest_state(work)
     reporter = _Reporter(work, resume.step if resume else 0, active=rank == 0)
