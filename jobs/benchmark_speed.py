@@ -128,6 +128,35 @@ def decode(
     _measure("decode", rows, device, threads, quick, config, overrides, seed, json)
 
 
+@app.command()
+def profile(
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", metavar="NAME", help="Whose deliberation is timed.")
+    ] = "nano",
+    threads: ThreadsOption = 1,
+    quick: QuickOption = False,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Where the time of training and of a deliberation goes, with the native core and without it."""
+    settings = load_settings(config, overrides, seed)
+
+    from crsm.config import core_count
+    from crsm.model import load_checkpoint
+    from crsm.threads import use_threads
+    from jobs.speed.profiles import plain, print_profiles, profiles
+
+    threads = threads or core_count()
+    use_threads(threads)
+    with Progress("profile") as progress:
+        found = profiles(load_checkpoint(checkpoint), seed=settings.seed, progress=progress, quick=quick)
+    print_profiles(found, threads)
+    results = {"threads": threads, "quick": quick, "profiles": plain(found)}
+    write_result("benchmark_speed profile", settings, settings.seed, results, json)
+
+
 def _measure(
     what: str,
     rows: Rows,
@@ -144,12 +173,12 @@ def _measure(
 
     from crsm import native
     from crsm.config import core_count
+    from crsm.threads import use_threads
     from jobs.speed import roofline as limits
     from jobs.speed.rows import plain, print_rows
-    from jobs.speed.shapes import set_threads
 
     threads = threads or core_count()
-    set_threads(threads)
+    use_threads(threads)
     with Progress(f"speed of {what}") as progress:
         roofline = limits.measure(threads, quick, device)
         found = rows(roofline, settings.seed, progress)

@@ -82,13 +82,3 @@ def build(shape: Shape, seed: int, *, width: int = 128, device: str = "cpu", pla
         torch.manual_seed(seed)
         model = CRSM(config)
     return model.eval().requires_grad_(False).to(device)
-
-
-def set_threads(threads: int) -> None:
-    """The threads of torch and of the native core in this process."""
-    import torch
-
-    from crsm import native
-
-    torch.set_num_threads(threads)
-    native.set_num_threads(threads)

@@ -349,6 +349,18 @@ def test_decode_goes_on_without_llama_cpp(job, tmp_path):
     assert [row["over_one_stream"] > 0 for row in rows if "over_one_stream" in row] == [True, True]
 
 
+def test_a_profile_names_the_operators_and_their_shares(job):
+    status, record, err = job("profile", "--quick", "--json", "-")
+    assert status == 0
+    steps = [one for one in record["results"]["profiles"] if one["work"].startswith("training step")]
+    assert steps[0]["by"] == "reference"
+    for one in steps:
+        assert one["milliseconds"] > 0
+        assert 0 < sum(one["shares"].values()) <= 1
+        assert list(one["shares"].values()) == sorted(one["shares"].values(), reverse=True)
+    assert "where the time goes" in err
+
+
 def test_a_missing_library_is_a_note_in_the_row(job, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     status, record, _ = job("train", "--quick", "--device", "cpu", "--threads", 1, "--json", "-")
