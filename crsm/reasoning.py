@@ -214,12 +214,37 @@ class Deliberator:
         should_stop: Callable[[], bool] | None,
     ) -> list[list[Plan]]:
         started = clock()
+        future, tree = self.look_ahead(requests, lag, hypotheses, clock, should_stop)
+        futures = len(future.hidden_FLD) // len(requests)
+        summary = summarize(tree, max_length=min(self.plan_length, tree.max_depth))
+        plans = self._write(requests, future, futures, summary, tree, clock() - started)
+        return [plans[start : start + futures] for start in range(0, len(plans), futures)]
+
+    @torch.inference_mode()
+    def look_ahead(
+        self,
+        requests: list[PlanRequest],
+        lag: int,
+        hypotheses: int,
+        clock: Callable[[], float] = time.monotonic,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> tuple[Future, Tree]:
+        """Projects and searches: all of a deliberation before it writes.
+
+        Args:
+            requests: well-formed ones, all of this lag and number of hypotheses.
+            lag: tokens that are assumed.
+            hypotheses: futures per request.
+
+        Returns:
+            The futures, those of a request neighbouring, and a tree for each.
+        """
         budget = max(request.simulations for request in requests)
         future, evaluator = self._imagine(requests, lag, hypotheses, budget + 1)
         futures = len(future.hidden_FLD) // len(requests)
         budget_F = np.repeat([request.simulations for request in requests], futures)
         deadlines = [request.deadline for request in requests if request.deadline is not None]
-        tree = search(
+        return future, search(
             evaluator,
             self.config,
             consensus_weights_L=self.model.critic.consensus_weights_L.numpy(),
@@ -233,9 +258,6 @@ class Deliberator:
             should_stop=should_stop,
             engine=self.engine,
         )
-        summary = summarize(tree, max_length=min(self.plan_length, tree.max_depth))
-        plans = self._write(requests, future, futures, summary, tree, clock() - started)
-        return [plans[start : start + futures] for start in range(0, len(plans), futures)]
 
     def _imagine(
         self, requests: list[PlanRequest], lag: int, hypotheses: int, slots: int

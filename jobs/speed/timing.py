@@ -39,6 +39,10 @@ def synchronized(run: Callable[[], object], device: str) -> Callable[[], object]
     return waited
 
 
+SETTLE_SECONDS = 0.03
+"""Before every sample: idle threads of the other side's library may spin on the cores for a while."""
+
+
 def interleave(candidates: Mapping[str, Candidate], repeats: int = REPEATS, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of every candidate, by name, ``repeats`` each, taken in turns; the garbage collector rests meanwhile.
 
@@ -57,6 +61,7 @@ def interleave(candidates: Mapping[str, Candidate], repeats: int = REPEATS, warm
     try:
         for number in range(warm_up + repeats):
             for name, candidate in candidates.items():
+                time.sleep(SETTLE_SECONDS)
                 seconds = candidate()
                 if number >= warm_up:
                     samples[name].append(seconds)
