@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -64,14 +65,16 @@ class DecodeRows:
         """fp32, one stream."""
         candidates: dict[str, Candidate] = {"ours": self._decode(self._ours(shape, "fp32"), shape, tokens)}
         note = None
-        try:
-            peer = transformers.Decoder(transformers.build(shape, self.seed))
-            candidates["peer"] = self._decode(peer, shape, tokens)
-        except PeerError as error:
-            note = f"without transformers: {error}"
-        return self._row(
-            f"decode {shape.name}, fp32, 1 stream", candidates, tokens, "transformers", shape, "fp32", note
-        )
+        with ExitStack() as stack:
+            try:
+                peer = transformers.TransformersPeer(stack, shape, self.seed, self.roofline.threads)
+                peer.prepare("decode", random_prompt(shape, self.seed, 1, PROMPT), steps=tokens)
+                candidates["peer"] = peer.run
+            except PeerError as error:
+                note = f"without transformers: {error}"
+            return self._row(
+                f"decode {shape.name}, fp32, 1 stream", candidates, tokens, "transformers", shape, "fp32", note
+            )
 
     def beside_llama(self, dtype: str) -> Row:
         """The public shape, one stream, in one number format."""
@@ -98,19 +101,20 @@ class DecodeRows:
         ours = self._ours(shape, "fp32")
         candidates: dict[str, Candidate] = {"ours": timed(lambda: ours.prefill(tokens_BT))}
         notes: dict[str, str] = {}
-        try:
-            peer = transformers.Decoder(transformers.build(shape, self.seed))
-            chunk, _ = transformers.use_fastest_chunk(peer.model, lambda: peer.prefill(tokens_BT))
-            notes["transformers"] = f"transformers with chunks of {chunk}, its fastest; its default is 256"
-            candidates["transformers"] = timed(lambda: peer.prefill(tokens_BT))
-        except PeerError as error:
-            notes["transformers"] = f"without transformers: {error}"
-        try:
-            self.llama.check(shape.name, "fp32")
-            candidates["llama.cpp"] = lambda: self.llama.prefill(shape.name, "fp32", length)
-        except PeerError as error:
-            notes["llama.cpp"] = f"without llama.cpp: {error}"
-        seconds = interleave(candidates, self.sizes.repeats)
+        with ExitStack() as stack:
+            try:
+                peer = transformers.TransformersPeer(stack, shape, self.seed, self.roofline.threads)
+                chunk = peer.prepare("prefill", tokens_BT)["chunk"]
+                notes["transformers"] = f"transformers with chunks of {chunk}, its fastest; its default is 256"
+                candidates["transformers"] = peer.run
+            except PeerError as error:
+                notes["transformers"] = f"without transformers: {error}"
+            try:
+                self.llama.check(shape.name, "fp32")
+                candidates["llama.cpp"] = lambda: self.llama.prefill(shape.name, "fp32", length)
+            except PeerError as error:
+                notes["llama.cpp"] = f"without llama.cpp: {error}"
+            seconds = interleave(candidates, self.sizes.repeats)
         return [
             make_row(
                 f"prefill {shape.name}, fp32, {length} tokens",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from jobs.speed.peers.process import PeerError
 from jobs.speed.roofline import Roofline
 from jobs.speed.rows import Row, make_row
 from jobs.speed.shapes import NANO, PUBLIC_130M, SMALL, TINY, Shape, build
-from jobs.speed.timing import interleave, rates, synchronized, timed
+from jobs.speed.timing import Candidate, interleave, rates, synchronized, timed
 
 if TYPE_CHECKING:
     from crsm.model import CRSM
@@ -72,19 +72,23 @@ def _cpu_row(case: Case, roofline: Roofline, seed: int) -> Row:
     model = build(case.shape, seed, planners=False)
     steps = {"ours": training_step(trainable(model), lambda: our_loss(model, tokens_BT))}
     note, figures = None, sizes_of(case)
-    if case.peer:
-        try:
-            theirs = transformers.build(case.shape, seed).train()
-            figures["peer_versions"] = {"transformers": transformers.version(), "torch": torch.__version__}
-            step = training_step(list(theirs.parameters()), lambda: transformers.loss(theirs, tokens_BT))
-            chunk, seconds = transformers.use_fastest_chunk(theirs, step)
-            default = case.tokens / seconds[transformers.DEFAULT_CHUNK]
-            figures |= {"peer_chunk_size": chunk, "peer_at_default_chunk": default}
-            note = f"transformers with chunks of {chunk}, its fastest; with its default, 256, {default:,.0f} tokens/s"
-            steps["peer"] = step
-        except PeerError as error:
-            note = f"without transformers: {error}"
-    return _row(case, roofline, steps, "transformers" if case.peer else None, note, figures)
+    with ExitStack() as stack:
+        peer = None
+        if case.peer:
+            try:
+                theirs = transformers.TransformersPeer(stack, case.shape, seed, roofline.threads)
+                found = theirs.prepare("train", tokens_BT)
+                figures["peer_versions"] = {"transformers": transformers.version(), "torch": torch.__version__}
+                default = case.tokens / found["default"]
+                figures |= {"peer_chunk_size": found["chunk"], "peer_at_default_chunk": default}
+                note = (
+                    f"transformers with chunks of {found['chunk']}, its fastest; "
+                    f"with its default, 256, {default:,.0f} tokens/s"
+                )
+                peer = theirs.run
+            except PeerError as error:
+                note = f"without transformers: {error}"
+        return _row(case, roofline, steps, "transformers" if case.peer else None, note, figures, peer)
 
 
 def _gpu_row(case: Case, roofline: Roofline, seed: int) -> Row:
@@ -123,8 +127,12 @@ def _row(
     peer_name: str | None,
     note: str | None,
     figures: dict[str, Any],
+    peer: Candidate | None = None,
 ) -> Row:
+    """``steps`` run in this process; ``peer`` is one that times itself elsewhere."""
     candidates = {name: timed(synchronized(step, roofline.device)) for name, step in steps.items()}
+    if peer is not None:
+        candidates["peer"] = peer
     seconds = interleave(candidates, case.repeats, warm_up=1 if roofline.device == "cpu" else 3)
     where = "fp32" if roofline.device == "cpu" else "bf16 autocast, one GPU"
     return make_row(

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.speed.peers.process import PeerError
+from jobs.speed.peers.process import PeerError, peer_environment
 
 FILES = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0"}
 """Our names of number formats, and llama.cpp's."""
@@ -56,7 +56,9 @@ class LlamaBench:
         model = self.folder / gguf_name(shape, dtype)
         command = [str(self.program), "-m", str(model), "-t", str(self.threads), "-r", "1", "-o", "json", *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=300, check=False, env=peer_environment()
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise PeerError(f"{self.program}: {error}") from None
         if done.returncode:

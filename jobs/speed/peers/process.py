@@ -19,6 +19,11 @@ class PeerError(Exception):
     """The peer is not there or failed; the message says what to do or what happened. Its rows say so."""
 
 
+def peer_environment() -> dict[str, str]:
+    """The environment without what this project sets for itself: a peer's threads wait as its library wants it."""
+    return {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+
+
 class WorkerProcess:
     """Starts a worker; every :meth:`ask` is one question and its answer. Use it as a context manager."""
 
@@ -28,7 +33,7 @@ class WorkerProcess:
             PeerError: the interpreter cannot be started.
         """
         self._errors = tempfile.TemporaryFile("w+")  # not a pipe, which could fill up
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        environment = peer_environment() | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         environment.pop("PYTHONPATH", None)  # ours is no business of another interpreter
         try:
             self._process = subprocess.Popen(

@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.speed.peers.process import PeerError
+from jobs.speed.peers.process import PeerError, WorkerProcess
 from jobs.speed.shapes import Shape
 from jobs.speed.timing import timed
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+WORKER = Path(__file__).with_name("transformers_worker.py")
+
+
+class TransformersPeer:
+    """A model in a process of its own; what was prepared last is what :meth:`run` times."""
+
+    def __init__(self, stack: ExitStack, shape: Shape, seed: int, threads: int) -> None:
+        """
+        Args:
+            stack: ends the process.
+
+        Raises:
+            PeerError: transformers is not installed, or the process cannot be started.
+        """
+        try:
+            import transformers  # noqa: F401
+        except ImportError as error:
+            raise PeerError(f"not installed: {error}") from None
+        self._worker = stack.enter_context(WorkerProcess(sys.executable, WORKER, threads=threads))
+        self._worker.ask(do="load", shape=asdict(shape), seed=seed)
+
+    def prepare(self, what: str, tokens_BT: Tensor, **settings: int) -> dict[str, Any]:
+        """``train``, ``prefill`` or ``decode`` (with ``steps``): what the worker's methods of these names say."""
+        return self._worker.ask(do=what, tokens=tokens_BT.tolist(), **settings)
+
+    def run(self) -> float:
+        """Seconds of one run, by the worker's own clock."""
+        return float(self._worker.ask(do="run")["seconds"])
 
 
 def build(shape: Shape, seed: int) -> Any:
