@@ -2,7 +2,13 @@
 
 import os
 
-# PyTorch's idle threads would spin on the cores that the native core's threads need. Read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Large tensors on huge pages: fresh memory costs a page fault every 4 KB otherwise.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+ENVIRONMENT = {
+    # PyTorch's idle threads would spin on the cores that the native core's threads need.
+    "OMP_WAIT_POLICY": "passive",
+    # Large tensors on huge pages: fresh memory costs a page fault every 4 KB otherwise.
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+"""What a job sets before torch is imported, where the user has not."""
+
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)

@@ -5,7 +5,8 @@ so that a copy of the sources (a job's working directory, say) finds the one tha
 or was built from other sources, ``core`` is None and ``MISSING`` says why; the reference implementations then serve.
 
 Processor: AVX-512, AVX2 or portable code is chosen when the module is loaded; ``CRSM_NATIVE_ISA`` in the environment
-lowers the choice. ``CRSM_NATIVE_PATH`` names a folder with another build (one under a sanitizer, say). Threads: ``OMP_NUM_THREADS``, else all processors of the process; :func:`set_num_threads` changes it.
+lowers the choice. ``CRSM_NATIVE_PATH`` names a folder with another build (one under a sanitizer, say). Threads:
+``OMP_NUM_THREADS``, else all processors of the process; :func:`set_num_threads` changes it.
 """
 
 from __future__ import annotations

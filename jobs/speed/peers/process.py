@@ -14,14 +14,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jobs
+
 
 class PeerError(Exception):
     """The peer is not there or failed; the message says what to do or what happened. Its rows say so."""
 
 
 def peer_environment() -> dict[str, str]:
-    """The environment without what this project sets for itself: a peer's threads wait as its library wants it."""
-    return {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    """The environment without what ``jobs/__init__.py`` sets: a peer runs as its users would run it."""
+    return {name: value for name, value in os.environ.items() if name not in jobs.ENVIRONMENT}
 
 
 class WorkerProcess:
