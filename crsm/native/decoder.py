@@ -160,6 +160,30 @@ class NativeDecoder:
         logits_BV = torch.empty(token_B.shape[0] if token_B.ndim else 0, self._vocab)
         return logits_BV, self._step(token_B, state, donate, logits_BV)
 
+    def greedy(self, token_B: Tensor, state: ModelState, count: int) -> tuple[Tensor, ModelState]:
+        """Says ``count`` tokens more in one call, each the likeliest after those before it (of equals the lowest id).
+
+        Returns:
+            The tokens (B, count), the last of which is not consumed, and the state; ``state`` itself is left as it is.
+
+        Raises:
+            ValueError: as :meth:`step_logits`, or ``count`` is below 1.
+        """
+        if not self._has_head:
+            raise ValueError("the decoder was made of a backbone; allowed: logits of a model with its head")
+        if count < 1:
+            raise ValueError(f"count = {count}; allowed: at least 1")
+        self._renew()
+        token, batch = self._tokens(token_B)
+        memory = state.memory if isinstance(state, _HeldState) and state.core is self._core else None
+        hidden = np.empty((batch, self._layers, self._width), np.float32)
+        decay = np.empty((self._layers, batch, self._heads), np.float32)
+        logits, said = np.empty((batch, self._vocab), np.float32), np.empty((batch, count), np.int64)
+        new, held = self._new_state(batch)
+        memory = memory or self._memory(state, batch)
+        self._core.greedy(token, memory, new, hidden, decay, logits, said, self._threads)
+        return torch.from_numpy(said), held
+
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """The policy head: residual streams (B, L, D) to logits (B, V), with the bits of :meth:`step_logits`.
 
@@ -181,14 +205,10 @@ class NativeDecoder:
 
     def _step(self, token_B: Tensor, state: ModelState, donate: bool, logits_BV: Tensor | None) -> StepOutput:
         self._renew()
-        if token_B.ndim != 1 or len(token_B) < 1:
-            raise ValueError(f"token_B has shape {tuple(token_B.shape)}; allowed: (B,) with B ≥ 1")
-        _check_tensor("token_B", token_B, torch.int64)
-        batch = len(token_B)
+        token, batch = self._tokens(token_B)
         hidden_BLD = torch.empty(batch, self._layers, self._width)
         decay_LBH = torch.empty(self._layers, batch, self._heads)
         outputs = (hidden_BLD.numpy(), decay_LBH.numpy(), None if logits_BV is None else logits_BV.numpy())
-        token = _array(token_B)
         if isinstance(state, _HeldState) and state.core is self._core:
             memory = state.memory
         else:
@@ -200,11 +220,21 @@ class NativeDecoder:
         if donate:
             self._core.step(token, memory, memory, *outputs, self._threads)
             return StepOutput(hidden_BLD, state, decay_LBH.unbind())
-        conv_LBCK, ssm_LBHPN, new = self._core.new_state(batch)
+        new, held = self._new_state(batch)
         self._core.step(token, memory, new, *outputs, self._threads)
-        layers = zip(torch.from_numpy(conv_LBCK).unbind(), torch.from_numpy(ssm_LBHPN).unbind(), strict=True)
-        held = _HeldState(tuple(LayerState(conv, ssm) for conv, ssm in layers), new, self._core)
         return StepOutput(hidden_BLD, held, decay_LBH.unbind())
+
+    def _tokens(self, token_B: Tensor) -> tuple[np.ndarray, int]:
+        if token_B.ndim != 1 or len(token_B) < 1:
+            raise ValueError(f"token_B has shape {tuple(token_B.shape)}; allowed: (B,) with B ≥ 1")
+        _check_tensor("token_B", token_B, torch.int64)
+        return _array(token_B), len(token_B)
+
+    def _new_state(self, batch: int) -> tuple[Any, _HeldState]:
+        """Memory for a state that is yet to be written, as the core and as PyTorch see it."""
+        conv_LBCK, ssm_LBHPN, new = self._core.new_state(batch)
+        layers = zip(torch.from_numpy(conv_LBCK).unbind(), torch.from_numpy(ssm_LBHPN).unbind(), strict=True)
+        return new, _HeldState(tuple(LayerState(conv, ssm) for conv, ssm in layers), new, self._core)
 
     def _memory(self, state: ModelState, batch: int) -> Any:
         """The core's view of a state; of copies where tensors have gaps."""

@@ -70,15 +70,8 @@ class NativeStream:
             return logits_BV.argmax(dim=-1), state
 
     def decode(self, token_B: Tensor, state: Any, steps: int) -> list[Tensor]:
-        found = []
-        with torch.inference_mode():
-            for step in range(steps):
-                # From the second token on the state is ours to overwrite.
-                logits_BV, out = self._decoder.step_logits(token_B, state, donate=step > 0)
-                state = out.state
-                token_B = logits_BV.argmax(dim=-1)
-                found.append(token_B)
-        return found
+        said_BT, _ = self._decoder.greedy(token_B, state, steps)
+        return list(said_BT.unbind(dim=1))
 
 
 def make_decoder(model: CRSM, dtype: str) -> OurDecoder:

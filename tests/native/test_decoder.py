@@ -382,3 +382,22 @@ def test_the_core_itself_refuses_memory_that_is_written_twice_or_has_gaps() -> N
         core.logits(hidden, torch.zeros(1, 5).numpy())
     with pytest.raises(ValueError, match=r"n_layer = 0; allowed: 1 to"):
         native.require().Decoder(n_layer=0, **sizes, **rest)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_greedy_says_what_a_loop_of_steps_says(batch: int) -> None:
+    model = random_model(**SMALL)
+    decoder, state, token_B = NativeDecoder(model), random_state(model, batch), random_tokens(model, batch)
+    before = owned(state)
+    said_BT, after = decoder.greedy(token_B, state, 12)
+    assert all(
+        torch.equal(a, b) for x, y in zip(state.layers, before.layers, strict=True) for a, b in zip(x, y, strict=True)
+    )
+    for place in range(12):
+        logits_BV, out = decoder.step_logits(token_B, state)
+        token_B, state = logits_BV.argmax(dim=-1), out.state
+        assert torch.equal(said_BT[:, place], token_B)
+    for mine, theirs in zip(after.layers, state.layers, strict=True):
+        assert torch.equal(mine.conv_BCK, theirs.conv_BCK) and torch.equal(mine.ssm_BHPN, theirs.ssm_BHPN)
+    with pytest.raises(ValueError, match="count = 0; allowed: at least 1"):
+        decoder.greedy(token_B, state, 0)

@@ -149,6 +149,49 @@ public:
     // `to` may be `from`: then the state is moved in place.
     void step(AnyArray token, const StateMemory& from, StateMemory& to, AnyArray hidden, AnyArray decay,
               std::optional<AnyArray> logits, int threads) {
+        DecodeStep step = checked_step(token, from, to, hidden, decay, logits);
+        nb::gil_scoped_release release;
+        decoder_->step(step, threads);
+    }
+
+    // `said` [B, T]: T tokens, each the likeliest after those before it; among equals the lowest id.
+    void greedy(AnyArray token, const StateMemory& from, StateMemory& to, AnyArray hidden, AnyArray decay,
+                AnyArray logits, AnyArray said, int threads) {
+        DecodeStep step = checked_step(token, from, to, hidden, decay, logits);
+        int64_t* out = checked<int64_t>(said, "said", {step.batch, -1});
+        const int64_t count = static_cast<int64_t>(said.shape(1)), vocab = decoder_->sizes().vocab_size;
+        nb::gil_scoped_release release;
+        std::vector<int64_t> next(size(step.batch));
+        for (int64_t place = 0; place < count; ++place) {
+            decoder_->step(step, threads);
+            for (int64_t row = 0; row < step.batch; ++row) {
+                const float* scores = step.logits_BV + row * vocab;
+                next[size(row)] = std::max_element(scores, scores + vocab) - scores;
+                out[row * count + place] = next[size(row)];
+            }
+            step.token_B = next.data();
+            step.conv_in = to.conv.data();
+            step.ssm_in = to.ssm.data();
+        }
+    }
+
+    void logits(AnyArray hidden, AnyArray logits, int threads) {
+        const DecodeSizes& s = decoder_->sizes();
+        require_head();
+        const float* from = checked<const float>(hidden, "hidden_BLD", {-1, s.n_layer, s.d_model});
+        const int64_t batch = static_cast<int64_t>(hidden.shape(0));
+        float* to = checked<float>(logits, "logits_BV", {batch, s.vocab_size});
+        nb::gil_scoped_release release;
+        decoder_->logits(batch, from, to, threads);
+    }
+
+    int64_t bytes_of_weights() const { return decoder_->bytes_of_weights(); }
+
+private:
+    static size_t size(int64_t value) { return static_cast<size_t>(value); }
+
+    DecodeStep checked_step(const AnyArray& token, const StateMemory& from, const StateMemory& to,
+                            const AnyArray& hidden, const AnyArray& decay, const std::optional<AnyArray>& logits) const {
         const DecodeSizes& s = decoder_->sizes();
         DecodeStep step;
         step.token_B = checked<const int64_t>(token, "token_B", {-1});
@@ -177,24 +220,8 @@ public:
             step.logits_BV = checked<float>(*logits, "logits_BV", {step.batch, s.vocab_size});
         }
         if (!embedding_.is_valid()) throw std::invalid_argument("weights are not loaded; allowed: after load_embedding");
-        nb::gil_scoped_release release;
-        decoder_->step(step, threads);
+        return step;
     }
-
-    void logits(AnyArray hidden, AnyArray logits, int threads) {
-        const DecodeSizes& s = decoder_->sizes();
-        require_head();
-        const float* from = checked<const float>(hidden, "hidden_BLD", {-1, s.n_layer, s.d_model});
-        const int64_t batch = static_cast<int64_t>(hidden.shape(0));
-        float* to = checked<float>(logits, "logits_BV", {batch, s.vocab_size});
-        nb::gil_scoped_release release;
-        decoder_->logits(batch, from, to, threads);
-    }
-
-    int64_t bytes_of_weights() const { return decoder_->bytes_of_weights(); }
-
-private:
-    static size_t size(int64_t value) { return static_cast<size_t>(value); }
 
     void require_head() const {
         if (!decoder_->has_head()) throw std::invalid_argument("head = False; allowed: logits of a decoder with a head");
@@ -275,6 +302,8 @@ void bind_decode(nb::module_& m) {
         .def("state_of", &BoundDecoder::state_of, nb::arg("conv"), nb::arg("ssm"))
         .def("step", &BoundDecoder::step, nb::arg("token"), nb::arg("from_state"), nb::arg("to_state"),
              nb::arg("hidden"), nb::arg("decay"), nb::arg("logits").none(), nb::arg("threads") = 0)
+        .def("greedy", &BoundDecoder::greedy, nb::arg("token"), nb::arg("from_state"), nb::arg("to_state"),
+             nb::arg("hidden"), nb::arg("decay"), nb::arg("logits"), nb::arg("said"), nb::arg("threads") = 0)
         .def("logits", &BoundDecoder::logits, nb::arg("hidden"), nb::arg("logits"), nb::arg("threads") = 0)
         .def_prop_ro("bytes_of_weights", &BoundDecoder::bytes_of_weights);
 }
