@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from crsm.cli import app
+from crsm.kernels import select_kernels
 from crsm.model import save_checkpoint
 from jobs.command import invoke
 from tests.fixtures import tiny_checkpoint
@@ -170,7 +171,7 @@ def test_inspect_shows_parts_sizes_layers_and_gates(crsm, tmp_path):
     assert found["bytes"]["state of a generation"] == 4 * 2 * (4 * 8 * 8 + 48 * 3)
     assert found["bytes"]["request to a planner"] == 4 * 2 * (4 * 8 * 8 + 16)
     assert sum(found["layers"]["fusion"]) == pytest.approx(1.0)
-    for part in ("world_model", "gate slope", "trust horizon", "not measured", "reference"):
+    for part in ("world_model", "gate slope", "trust horizon", "not measured", select_kernels().NAME, "native core"):
         assert part in out
 
 

@@ -96,7 +96,9 @@ def print_profiles(found: list[Profile], threads: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(f"where the time goes, {threads} threads", "bold"), title_justify="left")
+    table = Table(
+        title=Text(f"where the time goes, {threads} thread{'s' if threads > 1 else ''}", "bold"), title_justify="left"
+    )
     for column in ("", "by", "ms", "share by operator"):
         table.add_column(column, justify="right" if column == "ms" else "left")
     for one in found:
