@@ -93,7 +93,7 @@ static inline VecF load_int8(const int8_t* p) {
 // Sum of the lanes, halves first: always the same order for one instruction set.
 template <typename T>
 static inline T sum_lanes(Vec<T> v) {
-    Vec<T> other;
+    Vec<T> other = v;  // every lane is overwritten
 #pragma GCC unroll 8
     for (int half = kLanes<T> / 2; half > 0; half /= 2) {
 #pragma GCC unroll 16
@@ -111,7 +111,7 @@ static inline void sum_lanes4(const Vec<T> (&v)[4], T* sums) {
         for (int r = 0; r < 4; ++r) sums[r] = sum_lanes<T>(v[r]);
         return;
     } else {
-        Vec<T> low, high, pairs[2], all;
+        Vec<T> low{}, high{}, pairs[2] = {}, all;
 #pragma GCC unroll 2
         for (int pair = 0; pair < 2; ++pair) {  // [v0 | v1]: each in one half
             const Vec<T> a = v[2 * pair], b = v[2 * pair + 1];
@@ -133,7 +133,7 @@ static inline void sum_lanes4(const Vec<T> (&v)[4], T* sums) {
         all = low + high;
 #pragma GCC unroll 4
         for (int half = lanes / 8; half > 0; half /= 2) {
-            Vec<T> other;
+            Vec<T> other = all;
 #pragma GCC unroll 16
             for (int i = 0; i < lanes; ++i) other[i] = all[i ^ half];
             all += other;
