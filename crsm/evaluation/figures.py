@@ -96,6 +96,12 @@ class Timeline:
 # ------------------------------------------------------------------------------------------------------- the demo
 
 
+def percent(share: float) -> str:
+    """Whole percents, and tenths where a whole one would say that all or none were right and it is not so."""
+    text = f"{share:.0%}"
+    return f"{share:.1%}" if text in ("0%", "100%") and share not in (0.0, 1.0) else text
+
+
 def demo_figure(examples: Sequence[GraphExample], bars: Sequence[Accuracies], timeline: Timeline | None) -> Figure:
     """What the demo found, at a glance: example problems, accuracy, one generation in time."""
     figure = _figure(14, 10 if timeline is not None else 6)
@@ -115,7 +121,9 @@ def demo_figure(examples: Sequence[GraphExample], bars: Sequence[Accuracies], ti
     draw_accuracies(figure.add_subplot(top[0, len(examples)]), bars)
     if timeline is not None:
         draw_timeline(figure.add_subplot(rows[1]), timeline)
-    gains = ",  ".join(f"{bar.task.replace('_', ' ')} {bar.system_1[0]:.0%} → {bar.system_2[0]:.0%}" for bar in bars)
+    gains = ",  ".join(
+        f"{bar.task.replace('_', ' ')} {percent(bar.system_1[0])} → {percent(bar.system_2[0])}" for bar in bars
+    )
     figure.text(0.07, 0.955, "It thinks while it speaks", fontsize=21, fontweight="bold", color=INK)
     figure.text(
         0.07,
@@ -225,7 +233,7 @@ def draw_accuracies(axes: Axes, bars: Sequence[Accuracies]) -> None:
             axes.errorbar(
                 x, value, [[value - low], [high - value]], color=INK, capsize=4, linewidth=1.3, zorder=3, fmt="none"
             )
-            axes.text(x, high + 0.025, f"{value:.0%}", ha="center", fontsize=13, fontweight="bold", color=color)
+            axes.text(x, high + 0.025, percent(value), ha="center", fontsize=13, fontweight="bold", color=color)
         axes.plot(
             (place - 0.45, place + 0.45),
             (bar.chance,) * 2,

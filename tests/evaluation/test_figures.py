@@ -10,6 +10,7 @@ from crsm.evaluation.figures import (
     Timeline,
     compute_figure,
     demo_figure,
+    percent,
     save_figure,
     tree_layout,
 )
@@ -76,3 +77,8 @@ def test_the_curves_are_named():
         "majority of N",
         "beam search",
     ]
+
+
+def test_a_percentage_never_rounds_to_all_or_nothing():
+    shares = (0.0, 0.002, 0.36, 0.994, 0.995, 1.0)
+    assert [percent(share) for share in shares] == ["0%", "0.2%", "36%", "99%", "99.5%", "100%"]
