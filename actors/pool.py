@@ -199,24 +199,24 @@ class PlannerPool:
         if self._finished:
             self._hand_in()
 
+    def room(self) -> int | None:
+        return None
+
     def poll(self) -> Arrivals:
-        found = Arrivals([], [])
+        found = Arrivals()
         while True:
             try:
-                arrived = self._mailbox.get_nowait()
+                found.add(self._mailbox.get_nowait())
             except queue.Empty:
                 return found
-            found.plans.extend(arrived.plans)
-            found.lost.extend(arrived.lost)
 
     def wait(self, request_ids: Collection[int]) -> Arrivals:
         missing = set(request_ids)
-        found = Arrivals([], [])
+        found = Arrivals()
         while missing:
             arrived = self._mailbox.get()
-            found.plans.extend(arrived.plans)
-            found.lost.extend(arrived.lost)
-            missing -= {plan.request_id for plan in arrived.plans} | {lost.request_id for lost in arrived.lost}
+            found.add(arrived)
+            missing -= arrived.request_ids
         return found
 
     def close(self) -> None:
@@ -317,7 +317,7 @@ class PlannerPool:
             unanswered = [request for request in requests if request.request_id not in known]
             self._counts["plans"] += len(plans)
             self._counts["undelivered"] += len(unanswered)
-            self._mailbox.put(Arrivals(plans, unanswered))
+            self._mailbox.put(Arrivals(plans, lost=unanswered))
 
     def _ponged(self, planner: int, incarnation: int, result: Future[PlannerInfo]) -> None:
         if (error := result.exception()) is not None:
@@ -400,7 +400,7 @@ class PlannerPool:
         lost = [request for batch in batches for request in self._batches.pop(batch, [])]
         if lost:
             self._counts[counter] += len(lost)
-            self._mailbox.put(Arrivals([], lost))
+            self._mailbox.put(Arrivals(shed=lost) if counter == "shed" else Arrivals(lost=lost))
 
     def _hand_in(self) -> None:
         """Gives back what was submitted to a pool that has ended."""
@@ -410,7 +410,7 @@ class PlannerPool:
             except queue.Empty:
                 return
             if isinstance(news, _Submitted):
-                self._mailbox.put(Arrivals([], list(news.requests)))
+                self._mailbox.put(Arrivals(lost=list(news.requests)))
 
     def _stop_planners(self) -> None:
         """Kills every planner; returns when Ray and, on this node, the kernel say that they are gone."""
@@ -430,7 +430,7 @@ class PlannerPool:
             if isinstance(news, _Gone):
                 left.discard((news.planner, news.incarnation))
             elif isinstance(news, _Submitted):
-                self._mailbox.put(Arrivals([], list(news.requests)))
+                self._mailbox.put(Arrivals(lost=list(news.requests)))
         while any(map(_is_running, pids)) and time.monotonic() < until:
             time.sleep(0.005)
         self._actors.clear()

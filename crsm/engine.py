@@ -430,6 +430,8 @@ class Engine:
         sizes, rank = self._model.config.model.backbone, self._model.config.model.writer.rank
         for lost in arrivals.lost:
             self._refuse(lost.request_id, Reason.LOST)
+        for shed in arrivals.shed:
+            self._refuse(shed.request_id, Reason.SHED)
         for plan in arrivals.plans:
             request = self._open.get(plan.request_id)
             if request is None:

@@ -1,7 +1,7 @@
 """Planners as the engine sees them, and the two kinds that live in its own process.
 
-The protocol has three verbs that never block (``submit``, ``poll``, ``close``) and one that does (``wait``), which only
-the virtual clock uses. The actor pool implements the same protocol.
+The protocol has three verbs that never block (``submit``, ``room``, ``poll``), one that does (``wait``), which only the
+virtual clock uses, and ``close``. The actor pool implements the same protocol.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import logging
 import queue
 import threading
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from crsm.reasoning import Deliberator
 from crsm.types import Plan, PlanRequest
@@ -18,12 +19,25 @@ from crsm.types import Plan, PlanRequest
 logger = logging.getLogger(__name__)
 
 
-class Arrivals(NamedTuple):
+@dataclass(slots=True)
+class Arrivals:
     """What came back since the last look."""
 
-    plans: list[Plan]
-    lost: list[PlanRequest]
-    """Requests that will never be answered: shed, or their planner died."""
+    plans: list[Plan] = field(default_factory=list)
+    lost: list[PlanRequest] = field(default_factory=list)
+    """Requests that will never be answered: their planner died, or the message was lost."""
+    shed: list[PlanRequest] = field(default_factory=list)
+    """Requests that were dropped: all planners were busy, or the plan would have come too late."""
+
+    def add(self, more: Arrivals) -> None:
+        self.plans += more.plans
+        self.lost += more.lost
+        self.shed += more.shed
+
+    @property
+    def request_ids(self) -> set[int]:
+        """Requests that are settled by this."""
+        return {settled.request_id for part in (self.plans, self.lost, self.shed) for settled in part}
 
 
 class Planners(Protocol):
@@ -31,6 +45,12 @@ class Planners(Protocol):
 
     def submit(self, requests: Sequence[PlanRequest]) -> None:
         """Hands over the requests of one step of the engine. Never blocks, never raises for a dead planner."""
+
+    def room(self) -> int | None:
+        """How many requests would be taken now without dropping others; None: any number. Never blocks.
+
+        Who asks for more than this wastes snapshots: all planners are busy, or there is none.
+        """
 
     def poll(self) -> Arrivals:
         """What is there. Never blocks."""
@@ -59,9 +79,12 @@ class InlinePlanners:
         for batch in split_batch(requests, self._max_batch):
             self._plans += self._deliberator(batch)
 
+    def room(self) -> int | None:
+        return None
+
     def poll(self) -> Arrivals:
         plans, self._plans = self._plans, []
-        return Arrivals(plans, [])
+        return Arrivals(plans)
 
     def wait(self, request_ids: Collection[int]) -> Arrivals:
         return self.poll()
@@ -108,26 +131,28 @@ class ThreadPlanners:
                 oldest = self._todo.get_nowait()
             except queue.Empty:
                 break
-            self._done.put(Arrivals([], oldest or []))
+            self._done.put(Arrivals(shed=oldest or []))
+
+    def room(self) -> int | None:
+        if self._bound is None:
+            return None
+        return max(0, self._bound - self._todo.qsize()) * self._max_batch
 
     def poll(self) -> Arrivals:
-        found = Arrivals([], [])
+        found = Arrivals()
         while True:
             try:
-                arrived = self._done.get_nowait()
+                found.add(self._done.get_nowait())
             except queue.Empty:
                 return found
-            found.plans.extend(arrived.plans)
-            found.lost.extend(arrived.lost)
 
     def wait(self, request_ids: Collection[int]) -> Arrivals:
         missing = set(request_ids)
-        found = Arrivals([], [])
+        found = Arrivals()
         while missing:
             arrived = self._done.get()
-            found.plans.extend(arrived.plans)
-            found.lost.extend(arrived.lost)
-            missing -= {plan.request_id for plan in arrived.plans} | {lost.request_id for lost in arrived.lost}
+            found.add(arrived)
+            missing -= arrived.request_ids
         return found
 
     def close(self) -> None:
@@ -145,6 +170,6 @@ class ThreadPlanners:
                 # Whatever it was, it costs the plans of this batch only, and who waits for them must hear of it. The
                 # loss is counted by the engine.
                 logger.exception("a deliberation on %d requests failed", len(batch))
-                self._done.put(Arrivals([], batch))
+                self._done.put(Arrivals(lost=batch))
             else:
-                self._done.put(Arrivals(plans, []))
+                self._done.put(Arrivals(plans))

@@ -119,7 +119,11 @@ class Reason(str, enum.Enum):
     OLD_VERSION = "old_version"
     """Made with other weights than the generator's."""
     LOST = "lost"
-    """Never came back: a planner died or shed the request."""
+    """Never came back: its planner died, failed or is gone, or the message was lost."""
+    SHED = "shed"
+    """The planners dropped it: all were busy, or its plan would have come too late."""
+    DECLINED = "declined"
+    """Never asked: the planners had no room, so no snapshot was taken."""
 
     @property
     def is_hit(self) -> bool:
@@ -142,9 +146,9 @@ class PlanRequest:
     token: int
     """The token at ``position``: sampled, not yet consumed."""
     hidden_LD: np.ndarray
-    """Residual stream after every layer at ``position - 1``. (L, D) float32"""
+    """Residual stream after every layer at ``position - 1``. (L, D) float32, or bf16 as uint16 (:mod:`crsm.wire`)"""
     ssm_LHPN: np.ndarray
-    """SSM states after ``position - 1`` of the layers that the planner reads, in order. (L', H, P, N) float32"""
+    """SSM states after ``position - 1`` of the layers that the planner reads, in order. (L', H, P, N), likewise"""
     conv_LCK: np.ndarray | None = None
     """Convolution states, only for the exact world model. (L, C, K-1) float32"""
     simulations: int = 64
@@ -152,7 +156,12 @@ class PlanRequest:
     hypotheses: int = 1
     """Futures to project and search."""
     deadline: float | None = None
-    """``time.monotonic()`` seconds on the generator's clock after which the plan is worthless; None: no deadline."""
+    """``time.monotonic()`` seconds on the generator's clock when the target's token is consumed: the search answers by
+    then with the best it has; None: no deadline."""
+    expires: float | None = None
+    """Seconds on the same clock after which the plan is worthless (``max_lag`` tokens later); None: never."""
+    value: float = 0.0
+    """What a plan is expected to be worth beside those of other requests (:mod:`crsm.computation_value`)."""
     seed: int = 0
     model_version: int = 0
     """Version of the weights the snapshot was made with."""
@@ -184,9 +193,9 @@ class Plan:
     confidence_L: np.ndarray
     """Gate per layer in [0, 1]; exactly 0 leaves the layer untouched. (L,) float32"""
     write_u_LRE: np.ndarray
-    """Left factor of the write, E = H·P. (L, R, H·P) float32"""
+    """Left factor of the write, E = H·P. (L, R, H·P) float32, or bf16 as uint16 (:mod:`crsm.wire`)"""
     write_b_LRN: np.ndarray
-    """Right factor of the write. (L, R, N) float32"""
+    """Right factor of the write. (L, R, N), likewise"""
     policy_tokens_A: np.ndarray
     """Root actions of the search. (A,) int64"""
     policy_probs_A: np.ndarray

@@ -167,6 +167,9 @@ class FakePlanners:
             for polls in self._delay(request):
                 self._coming.append((self._polls + polls, request, self._answer(request)))
 
+    def room(self) -> int | None:
+        return None
+
     def poll(self) -> Arrivals:
         self._polls += 1
         ready = [item for item in self._coming if item[0] < self._polls]

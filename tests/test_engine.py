@@ -459,6 +459,9 @@ class StalledPlanners:
     def submit(self, requests: Sequence[PlanRequest]) -> None:
         pass
 
+    def room(self) -> int | None:
+        return None
+
     def poll(self) -> Arrivals:
         return Arrivals([], [])
 

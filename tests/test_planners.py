@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 
-from crsm.planners import ThreadPlanners, split_batch
+from crsm.planners import Arrivals, ThreadPlanners, split_batch
 from crsm.reasoning import Deliberator
 from crsm.types import Plan, PlanRequest
 from tests.fixtures import a_request, make_plan, tiny_checkpoint
@@ -41,7 +41,7 @@ def test_every_request_is_answered_once(count: int) -> None:
     arrivals = planners.wait({0, 1, 2, 3, 4})
     planners.close()
     assert sorted(plan.request_id for plan in arrivals.plans) == [0, 1, 2, 3, 4] and not arrivals.lost
-    assert planners.poll() == ([], [])
+    assert planners.poll() == Arrivals()
 
 
 @pytest.mark.parametrize("error", [ValueError("bad"), KeyError("odd"), MemoryError(), RuntimeError("worse")])
@@ -73,7 +73,7 @@ def test_the_oldest_are_shed_when_all_are_busy_and_submitting_never_waits() -> N
     planners.submit(requests_of(0))
     assert busy.wait(20)
     planners.submit(requests_of(1, 2, 3, 4))
-    assert [request.request_id for request in planners.poll().lost] == [1, 2]
+    assert [request.request_id for request in planners.poll().shed] == [1, 2]
     release.set()
     arrivals = planners.wait({0, 3, 4})
     planners.close()

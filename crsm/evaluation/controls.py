@@ -30,6 +30,9 @@ class AlteredPlanners:
     def submit(self, requests: Sequence[PlanRequest]) -> None:
         self._inner.submit(requests)
 
+    def room(self) -> int | None:
+        return self._inner.room()
+
     def poll(self) -> Arrivals:
         return self._altered(self._inner.poll())
 
@@ -40,7 +43,7 @@ class AlteredPlanners:
         self._inner.close()
 
     def _altered(self, arrivals: Arrivals) -> Arrivals:
-        return Arrivals(self._alter(arrivals.plans), arrivals.lost)
+        return Arrivals(self._alter(arrivals.plans), arrivals.lost, arrivals.shed)
 
 
 def random_write(seed: int) -> Alter:
@@ -170,9 +173,12 @@ class OraclePlanners:
                 )
             )
 
+    def room(self) -> int | None:
+        return None
+
     def poll(self) -> Arrivals:
         plans, self._plans = self._plans, []
-        return Arrivals(plans, [])
+        return Arrivals(plans)
 
     def wait(self, request_ids: Collection[int]) -> Arrivals:
         return self.poll()

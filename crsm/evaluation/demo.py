@@ -291,6 +291,9 @@ class _Watched:
             self.asked[request.request_id] = time.monotonic()
         self._inner.submit(requests)
 
+    def room(self) -> int | None:
+        return self._inner.room()
+
     def poll(self) -> Arrivals:
         arrivals = self._inner.poll()
         self.plans += arrivals.plans

@@ -23,6 +23,9 @@ class LentPlanners:
         self._out.update(request.request_id for request in requests)
         self._inner.submit(requests)
 
+    def room(self) -> int | None:
+        return self._inner.room()
+
     def poll(self) -> Arrivals:
         return self._seen(self._inner.poll())
 
@@ -34,6 +37,5 @@ class LentPlanners:
             self._seen(self._inner.wait(tuple(self._out)))
 
     def _seen(self, arrivals: Arrivals) -> Arrivals:
-        self._out.difference_update(plan.request_id for plan in arrivals.plans)
-        self._out.difference_update(request.request_id for request in arrivals.lost)
+        self._out -= arrivals.request_ids
         return arrivals

@@ -18,6 +18,9 @@ class RecordingPlanners:
     def submit(self, requests: Sequence[PlanRequest]) -> None:
         self._inner.submit(requests)
 
+    def room(self) -> int | None:
+        return self._inner.room()
+
     def poll(self) -> Arrivals:
         return self._kept(self._inner.poll())
 
