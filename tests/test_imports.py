@@ -18,7 +18,7 @@ LAYERS = (
     {"model"},
     {"decoding"},
     {"reasoning"},
-    {"engine", "planners", "sampling", "steering", "metrics", "event_log"},
+    {"engine", "planners", "sampling", "slots", "steering", "metrics", "event_log"},
     {"training", "evaluation"},
     {"cli"},
 )
