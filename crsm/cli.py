@@ -396,17 +396,33 @@ def _replay(checkpoint: Checkpoint, logged: Any) -> dict[str, Any]:
 @app.command()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, or the name of a shipped one.")] = "nano",
+    messages: Annotated[
+        bool, typer.Option("--messages", help="Only sizes of messages, beside those of public models, as Markdown.")
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Show what a checkpoint is made of and what is known about it."""
-    from crsm.evaluation.inspection import inspect_checkpoint
+    from crsm.evaluation.inspection import inspect_checkpoint, public_message_sizes
     from crsm.model import load_checkpoint
     from jobs.command import write_result
 
     loaded = load_checkpoint(checkpoint)
+    if messages:
+        sizes = public_message_sizes(checkpoint, loaded.config.model)
+        _print_messages(sizes)
+        write_result("inspect", loaded.config, loaded.config.seed, {"messages": sizes}, json)
+        return
     results = inspect_checkpoint(loaded)
     _print_inspection(checkpoint, results)
     write_result("inspect", loaded.config, loaded.config.seed, results, json)
+
+
+def _print_messages(sizes: dict[str, dict[str, dict[str, int]]]) -> None:
+    columns = [f"{what}, {wire}" for what, by_wire in next(iter(sizes.values())).items() for wire in by_wire]
+    print(f"| bytes | {' | '.join(columns)} |")
+    print("| --- |" + " ---: |" * len(columns))
+    for name, row in sizes.items():
+        print(f"| {name} | {' | '.join(f'{size:,}' for by_wire in row.values() for size in by_wire.values())} |")
 
 
 def _print_inspection(name: str, results: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from crsm.config import BackboneConfig
 from crsm.types import Plan, Reason
+from crsm.wire import is_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +114,10 @@ def check_plan(plan: Plan, sizes: BackboneConfig, rank: int) -> str | None:
     }
     for name, shape in want.items():
         array = getattr(plan, name)
-        if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype.kind != "f":
+        rounded = name.startswith("write") and isinstance(array, np.ndarray) and array.dtype == np.uint16
+        if not isinstance(array, np.ndarray) or array.shape != shape or not (rounded or array.dtype.kind == "f"):
             return f"{name} is {_form(array)}; allowed: floating point of shape {shape}"
-        if not np.isfinite(array).all():
+        if not is_finite(array):
             return f"{name} holds NaN or infinity"
     if ((plan.confidence_L < 0) | (plan.confidence_L > 1)).any():
         return f"confidence_L = {plan.confidence_L.tolist()}; allowed: [0, 1]"

@@ -30,6 +30,8 @@ _ARRAYS = (
     "policy_tokens_A",
     "policy_probs_A",
 )
+_DTYPES = ("float32", "int64", "uint16")
+"""uint16: a write rounded to bf16 (:mod:`crsm.wire`)."""
 
 
 @dataclass(slots=True)
@@ -209,6 +211,6 @@ def _encode(array: np.ndarray) -> dict[str, Any]:
 
 
 def _decode(field: dict[str, Any]) -> np.ndarray:
-    if field["dtype"] not in ("float32", "int64"):
-        raise ValueError(f"dtype = {field['dtype']!r}; allowed: float32, int64")
+    if field["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype = {field['dtype']!r}; allowed: {', '.join(_DTYPES)}")
     return np.frombuffer(base64.b64decode(field["data"]), dtype=field["dtype"]).reshape(field["shape"]).copy()

@@ -27,6 +27,7 @@ from crsm.search import Evaluation, Evaluator, SearchSummary, Tree, export_tree,
 from crsm.search.engines import Engine
 from crsm.search.native import NativeEvaluator
 from crsm.types import Plan, PlanRequest
+from crsm.wire import from_wire, is_finite, is_wire, to_wire, wire_of
 
 
 class Future(NamedTuple):
@@ -187,7 +188,8 @@ class Deliberator:
         clock: Callable[[], float] = time.monotonic,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[Plan]:
-        """Deliberates on a batch; ``hypotheses`` plans per request, in the order of the requests.
+        """Deliberates on a batch; ``hypotheses`` plans per request, in the order of the requests. Writes travel as the
+        request's snapshot did: as fp32, or rounded to bf16.
 
         Raises:
             ValueError: a request's arrays do not have the shapes of this model, or hold NaN or infinity; the message
@@ -342,8 +344,8 @@ class Deliberator:
                 value_plan_L=last_FL[row].numpy().copy(),
                 uncertainty=float(uncertainty_F[row]),
                 confidence_L=confidence_FL[row].numpy().copy(),
-                write_u_LRE=write.u_BLRE[row].numpy().copy(),
-                write_b_LRN=write.b_BLRN[row].numpy().copy(),
+                write_u_LRE=to_wire(write.u_BLRE[row].numpy().copy(), wire_of(request.hidden_LD)),
+                write_b_LRN=to_wire(write.b_BLRN[row].numpy().copy(), wire_of(request.hidden_LD)),
                 policy_tokens_A=summary.root_tokens_BA[row].copy(),
                 policy_probs_A=summary.root_probs_BA[row].copy(),
                 simulations=int(summary.num_simulations_B[row]),
@@ -369,9 +371,11 @@ class Deliberator:
             found = None if array is None else array.shape
             if found != shape:
                 raise ValueError(f"request {request.request_id}: {name} has shape {found}; allowed: {shape}")
-            if array.dtype != np.float32:
-                raise ValueError(f"request {request.request_id}: {name} is {array.dtype}; allowed: float32")
-            if not np.isfinite(array).all():
+            if not is_wire(array):
+                raise ValueError(
+                    f"request {request.request_id}: {name} is {array.dtype}; allowed: float32, or bf16 as uint16"
+                )
+            if not is_finite(array):
                 raise ValueError(f"request {request.request_id}: {name} holds NaN or infinity; allowed: finite numbers")
         if not 0 <= request.token < sizes.vocab_size:
             raise ValueError(
@@ -385,11 +389,11 @@ class Deliberator:
 
 
 def stack_snapshots(requests: Sequence[PlanRequest]) -> Snapshot:
-    """The snapshots of a batch of requests as tensors; copies, since messages are read-only."""
-    convs = [request.conv_LCK for request in requests if request.conv_LCK is not None]
+    """The snapshots of a batch of requests as fp32 tensors; copies, since messages are read-only."""
+    convs = [from_wire(request.conv_LCK) for request in requests if request.conv_LCK is not None]
     return Snapshot(
-        torch.from_numpy(np.stack([request.hidden_LD for request in requests])),
-        torch.from_numpy(np.stack([request.ssm_LHPN for request in requests])),
+        torch.from_numpy(np.stack([from_wire(request.hidden_LD) for request in requests])),
+        torch.from_numpy(np.stack([from_wire(request.ssm_LHPN) for request in requests])),
         torch.from_numpy(np.stack(convs)) if len(convs) == len(requests) else None,
     )
 

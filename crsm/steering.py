@@ -15,6 +15,7 @@ from torch import Tensor
 
 from crsm.injection import carry, inject, outer_write, withdraw
 from crsm.types import Injection, ModelState
+from crsm.wire import from_wire
 
 NEVER = 2**62
 
@@ -122,9 +123,8 @@ def _writes(
             continue
         injection = writing[row]
         plan = injection.plan
-        write_HPN = outer_write(
-            torch.tensor(plan.write_u_LRE[layer])[None], torch.tensor(plan.write_b_LRN[layer])[None], rows_BHPN.shape[1]
-        )[0].to(rows_BHPN)
+        u_RE, b_RN = from_wire(plan.write_u_LRE[layer]), from_wire(plan.write_b_LRN[layer])
+        write_HPN = outer_write(torch.tensor(u_RE)[None], torch.tensor(b_RN)[None], rows_BHPN.shape[1])[0].to(rows_BHPN)
         for back in range(injection.position - plan.target):
             write_HPN = write_HPN * steering.decays_WLBH[-1 - back][layer][row][:, None, None]
         written_BHPN[place] = write_HPN

@@ -150,7 +150,7 @@ class PlanRequest:
     ssm_LHPN: np.ndarray
     """SSM states after ``position - 1`` of the layers that the planner reads, in order. (L', H, P, N), likewise"""
     conv_LCK: np.ndarray | None = None
-    """Convolution states, only for the exact world model. (L, C, K-1) float32"""
+    """Convolution states, only for the exact world model. (L, C, K-1), likewise"""
     simulations: int = 64
     """Budget of the search."""
     hypotheses: int = 1
@@ -211,8 +211,10 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
-        arrays = (self.confidence_L, self.write_u_LRE, self.write_b_LRN, self.policy_probs_A, self.value_plan_L)
-        return sum(array.nbytes for array in arrays)
+        """Of all arrays; a plan that was not checked may hold anything in their place, which counts as none."""
+        values = (self.value_root_L, self.value_plan_L, self.confidence_L)
+        policy = (self.policy_tokens_A, self.policy_probs_A)
+        return sum(getattr(array, "nbytes", 0) for array in (*values, *policy, self.write_u_LRE, self.write_b_LRN))
 
 
 @dataclass(frozen=True, slots=True)

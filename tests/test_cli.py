@@ -169,10 +169,20 @@ def test_inspect_shows_parts_sizes_layers_and_gates(crsm, tmp_path):
     assert found["parts"]["together"]["parameters"] == sum(p.numel() for p in model.parameters())
     # Two layers: 4 heads of 8 × 8, and 3 inputs of 48 channels; the request also holds two residual streams of 16.
     assert found["bytes"]["state of a generation"] == 4 * 2 * (4 * 8 * 8 + 48 * 3)
-    assert found["bytes"]["request to a planner"] == 4 * 2 * (4 * 8 * 8 + 16)
+    assert found["bytes"]["request to a planner, fp32"] == 4 * 2 * (4 * 8 * 8 + 16)
+    assert found["bytes"]["request to a planner, bf16"] == 2 * 2 * (4 * 8 * 8 + 16)
     assert sum(found["layers"]["fusion"]) == pytest.approx(1.0)
     for part in ("world_model", "gate slope", "trust horizon", "not measured", select_kernels().NAME, "native core"):
         assert part in out
+
+
+def test_inspect_compares_message_sizes_with_those_of_public_models(crsm, tmp_path):
+    status, out, _ = crsm("inspect", "{}/tiny", "--messages", "--json", tmp_path / "i.json")
+    assert status == 0
+    sizes = results(tmp_path / "i.json")["messages"]["mamba2-130m"]
+    # 24 layers, 24 heads of 64 × 128, d_model 768.
+    assert sizes["request, 4 layers"] == {"fp32": 4 * (24 * 768 + 4 * 24 * 64 * 128), "bf16": 3_219_456 // 2}
+    assert "| mamba2-130m | 19,390,464 | 18,948,096 |" in out
 
 
 @pytest.mark.serial

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     {"config", "types"},
-    {"kernels", "native", "threads"},
+    {"kernels", "native", "threads", "wire"},
     {"mamba_ssm", "fusion", "critic", "latent_dynamics", "plan_writer"},
     {"search", "injection", "gate", "delta_buffer"},
     {"model"},

@@ -17,6 +17,7 @@ from crsm.model import CRSM
 from crsm.plan_writer import Write, random_write_like
 from crsm.planners import Arrivals, Planners
 from crsm.types import Plan, PlanRequest
+from crsm.wire import from_wire
 
 Alter = Callable[[list[Plan]], list[Plan]]
 
@@ -53,7 +54,7 @@ def random_write(seed: int) -> Alter:
     def alter(plans: list[Plan]) -> list[Plan]:
         altered = []
         for plan in plans:
-            write = Write(torch.tensor(plan.write_u_LRE), torch.tensor(plan.write_b_LRN))
+            write = Write(torch.tensor(from_wire(plan.write_u_LRE)), torch.tensor(from_wire(plan.write_b_LRN)))
             random = random_write_like(write, generator)
             altered.append(
                 dataclasses.replace(plan, write_u_LRE=random.u_BLRE.numpy(), write_b_LRN=random.b_BLRN.numpy())

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from crsm import native
+from crsm.config import BackboneConfig, ModelConfig, SearchConfig
 from crsm.mamba_ssm import Mixer
 from crsm.model import PARTS, Checkpoint
-from crsm.types import Plan, PlanRequest
+from crsm.wire import WIRES, plan_shapes, request_shapes
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Sizes and figures as plain data.
 
     Returns:
-        ``parts`` (parameters and bytes of each), ``bytes`` (state of a generation, request, plan), ``layers`` (fusion
-        and consensus weights, slope and bias of the gates, per layer), ``fidelity`` (per task, a row per imagined
-        step), and ``facts``.
+        ``parts`` (parameters and bytes of each), ``bytes`` (state of a generation; request and plan in fp32 and bf16),
+        ``layers`` (fusion and consensus weights, slope and bias of the gates, per layer), ``fidelity`` (per task, a row
+        per imagined step), and ``facts``.
     """
     model, config = checkpoint.model, checkpoint.config
     counts = model.num_parameters()
@@ -35,8 +35,11 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         },
         "bytes": {
             "state of a generation": model.backbone.initial_state(1).num_bytes,
-            "request to a planner": _request(checkpoint).num_bytes,
-            "plan": _plan(checkpoint).num_bytes,
+            **{
+                f"{message}, {wire}": size
+                for message, by_wire in _message_sizes(checkpoint).items()
+                for wire, size in by_wire.items()
+            },
         },
         "layers": {
             "fusion": fusion,
@@ -60,42 +63,69 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _request(checkpoint: Checkpoint) -> PlanRequest:
-    sizes, world_model = checkpoint.config.model.backbone, checkpoint.model.planning_model()
-    state = (len(world_model.read_layers), sizes.n_heads, sizes.headdim, sizes.d_state)
-    conv = np.zeros((sizes.n_layer, sizes.conv_channels, sizes.d_conv - 1), np.float32)
-    return PlanRequest(
-        request_id=0,
-        generation_id="",
-        position=1,
-        target=1,
-        token=0,
-        hidden_LD=np.zeros((sizes.n_layer, sizes.d_model), np.float32),
-        ssm_LHPN=np.zeros(state, np.float32),
-        conv_LCK=conv if world_model.needs_conv else None,
+def _message_sizes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    config, world_model = checkpoint.config, checkpoint.model.planning_model()
+    found = message_sizes(
+        config.model, world_model.read_layers, num_actions=config.search.num_actions, conv=world_model.needs_conv
     )
+    return {"request to a planner": found["request"], "plan": found["plan"]}
 
 
-def _plan(checkpoint: Checkpoint) -> Plan:
-    sizes, rank = checkpoint.config.model.backbone, checkpoint.config.model.writer.rank
-    per_layer = np.zeros(sizes.n_layer, np.float32)
-    actions = checkpoint.config.search.num_actions
-    return Plan(
-        request_id=0,
-        generation_id="",
-        position=1,
-        target=1,
-        assumed=(),
-        line=(),
-        value_root_L=per_layer,
-        value_plan_L=per_layer,
-        uncertainty=0.0,
-        confidence_L=per_layer,
-        write_u_LRE=np.zeros((sizes.n_layer, rank, sizes.d_inner), np.float32),
-        write_b_LRN=np.zeros((sizes.n_layer, rank, sizes.d_state), np.float32),
-        policy_tokens_A=np.zeros(actions, np.int64),
-        policy_probs_A=np.zeros(actions, np.float32),
-    )
+def message_sizes(
+    model: ModelConfig,
+    read_layers: Sequence[int] | None = None,
+    *,
+    num_actions: int = SearchConfig().num_actions,
+    conv: bool = False,
+) -> dict[str, dict[str, int]]:
+    """Bytes of the arrays of a request and of a plan, by the kind that their numbers travel in.
+
+    Args:
+        model: sizes; nothing of this size is built.
+        read_layers: layers whose SSM state is sent; None: those that the settings name.
+        num_actions: root actions of the search.
+        conv: with convolution states, as the exact world model needs them.
+    """
+    shapes = {"request": request_shapes(model, read_layers, conv=conv), "plan": plan_shapes(model, num_actions)}
+    return {
+        message: {wire: sum(array.num_bytes(wire) for array in arrays.values()) for wire in WIRES}
+        for message, arrays in shapes.items()
+    }
+
+
+def public_message_sizes(name: str, model: ModelConfig, few: int = 4) -> dict[str, dict[str, dict[str, int]]]:
+    """Sizes of the messages of a checkpoint beside those of public Mamba-2 models.
+
+    Args:
+        name: of the checkpoint.
+        model: its sizes.
+        few: how many layers a planner reads that does not read all.
+
+    Returns:
+        By model: ``state`` of a generation (fp32), ``request, all layers``, ``request, few layers``, and ``plan``, each
+        by kind.
+    """
+    table = {}
+    for title, config in {name: model, **PUBLIC}.items():
+        sizes = config.backbone
+        layers = range(sizes.n_layer)
+        state = 4 * sizes.n_layer * (sizes.d_inner * sizes.d_state + sizes.conv_channels * (sizes.d_conv - 1))
+        table[title] = {
+            "state": {"fp32": state},
+            "request, all layers": message_sizes(config, layers)["request"],
+            f"request, {few} layers": message_sizes(config, layers[:few])["request"],
+            "plan": message_sizes(config)["plan"],
+        }
+    return table
+
+
+def _mamba2(d_model: int, n_layer: int) -> ModelConfig:
+    sizes = BackboneConfig(vocab_size=50288, d_model=d_model, n_layer=n_layer, d_state=128, headdim=64, expand=2)
+    return ModelConfig(backbone=sizes)
+
+
+PUBLIC = {"mamba2-130m": _mamba2(768, 24), "mamba2-1.3b": _mamba2(2048, 48)}
+"""Sizes of public checkpoints, with a plan writer of rank 1."""
 
 
 def _kernels(checkpoint: Checkpoint) -> str:
