@@ -4,6 +4,7 @@ Invariants:
 
 * the engine belongs to the decode thread; all others put commands into its mailbox, which it empties between steps;
 * the thread waits only for a command when nothing is being said, for the pace, and for plans under the virtual clock;
+  a command ends a wait for the pace;
 * it makes no Ray call; what it says it hands to ``deliver``, which must not block;
 * generations join and leave at every step, and are decoded in one batch;
 * every accepted generation ends with a finished token or, when the loop ends before it, with :class:`Closed`;
@@ -15,11 +16,14 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crsm.engine import Engine, GenerationRequest
+from crsm.engine import Engine, QueueFull
+from crsm.generation import GenerationRequest
+from crsm.saved_generation import SavedGeneration
 from crsm.types import Token
 
 logger = logging.getLogger(__name__)
@@ -31,6 +35,8 @@ class Refused:
 
     generation_id: str
     reason: str
+    full: bool = False
+    """There was no room; the same request may be accepted later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,10 @@ class Closed:
     reason: str
 
 
-Message = Token | Refused | Closed
+Message = Token | SavedGeneration | Refused | Closed
+
+THINKING_INTERVAL = 0.01
+"""Seconds between two looks at plans for parked generations while nobody speaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +64,8 @@ class _Cancel:
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
-    reply: Callable[[dict[str, Any]], None]
+    question: Callable[[Engine], Any]
+    reply: Callable[[Any], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +87,13 @@ class DecodeLoop:
         """
         self._engine, self._deliver = engine, deliver
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._interrupted: deque[_Command] = deque()
+        """Commands that ended a wait for the pace."""
         self._closed: Closed | None = None
         self._steps = 0
+        self._snapshots: dict[str, int] = {}
+        """Generations of which states are to be handed out, and after how many tokens each."""
+        engine.sleep = self._sleep
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
 
     def start(self) -> None:
@@ -92,9 +107,14 @@ class DecodeLoop:
         """Ends a generation at the next step; unknown ids are ignored."""
         self._put(_Cancel(generation_id))
 
-    def ask(self, reply: Callable[[dict[str, Any]], None]) -> None:
-        """Has the metrics handed to ``reply``, from the decode thread, between two steps."""
-        self._put(_Ask(reply))
+    def ask(self, question: Callable[[Engine], Any], reply: Callable[[Any], None]) -> None:
+        """Has the engine asked something between two steps; the answer, or the ``ValueError`` that the question raised,
+        is handed to ``reply`` from the decode thread."""
+        self._put(_Ask(question, reply))
+
+    def metrics(self, reply: Callable[[Any], None]) -> None:
+        """Has the metrics handed to ``reply``."""
+        self.ask(self._metrics, reply)
 
     def stop(self) -> None:
         """Ends the loop after the running step; does not wait for it."""
@@ -114,8 +134,10 @@ class DecodeLoop:
         reason = "the generator was closed"
         try:
             while self._obey():
-                said = self._engine.step()
-                self._steps += 1
+                said: list[Message] = [*self._engine.step()]
+                self._steps += bool(said)
+                if self._snapshots:
+                    said += self._due_snapshots(said)
                 if said:
                     self._deliver(said)
         except Exception as error:  # whatever it is, every waiting caller must hear of it
@@ -128,23 +150,56 @@ class DecodeLoop:
 
     def _obey(self) -> bool:
         """Carries out the commands there are, waiting for one if nothing is being said; whether to go on."""
+        engine = self._engine
         while True:
-            try:
-                command = self._commands.get(block=not self._engine.busy)
-            except queue.Empty:
+            if self._interrupted:
+                command = self._interrupted.popleft()
+            elif engine.busy and self._commands.empty():
                 return True
+            else:
+                try:
+                    # Idle, but for parked generations that think: they have to be looked after.
+                    command = self._commands.get(timeout=THINKING_INTERVAL if engine.thinking else None)
+                except queue.Empty:
+                    return True
             match command:
                 case _Join(request):
-                    try:
-                        self._engine.submit(request)
-                    except ValueError as error:
-                        self._deliver([Refused(request.generation_id, str(error))])
+                    self._join(request)
                 case _Cancel(generation_id):
-                    self._engine.cancel(generation_id)
-                case _Ask(reply):
-                    reply(self._metrics())
+                    engine.cancel(generation_id)
+                case _Ask(question, reply):
+                    _answer(engine, question, reply)
                 case _Stop():
                     return False
+
+    def _join(self, request: GenerationRequest) -> None:
+        try:
+            self._engine.submit(request)
+        except (ValueError, QueueFull) as error:
+            self._deliver([Refused(request.generation_id, str(error), isinstance(error, QueueFull))])
+        else:
+            if request.snapshot_every:
+                self._snapshots[request.generation_id] = request.snapshot_every
+
+    def _sleep(self, seconds: float) -> None:
+        """The engine's pause between two beats; any command ends it."""
+        if seconds <= 0:
+            return
+        try:
+            self._interrupted.append(self._commands.get(timeout=seconds))
+        except queue.Empty:
+            pass
+
+    def _due_snapshots(self, said: Sequence[Message]) -> list[Message]:
+        saved: list[Message] = []
+        for token in said:
+            if not isinstance(token, Token) or token.generation_id not in self._snapshots:
+                continue
+            if token.finished:
+                del self._snapshots[token.generation_id]
+            elif (token.position + 1) % self._snapshots[token.generation_id] == 0:
+                saved.append(self._engine.snapshot(token.generation_id))
+        return saved
 
     def _answer_late(self) -> None:
         """Answers what came after the end; any thread may do so, since the engine rests."""
@@ -157,7 +212,15 @@ class DecodeLoop:
             if isinstance(command, _Join):
                 self._deliver([Refused(command.request.generation_id, self._closed.reason)])
             elif isinstance(command, _Ask):
-                command.reply(self._metrics())
+                _answer(self._engine, command.question, command.reply)
 
-    def _metrics(self) -> dict[str, Any]:
-        return {**self._engine.metrics.summary(), "steps": self._steps}
+    def _metrics(self, engine: Engine) -> dict[str, Any]:
+        return {**engine.metrics.summary(), "steps": self._steps, "generations": engine.counts()}
+
+
+def _answer(engine: Engine, question: Callable[[Engine], Any], reply: Callable[[Any], None]) -> None:
+    try:
+        answer = question(engine)
+    except ValueError as error:
+        answer = error
+    reply(answer)

@@ -4,7 +4,8 @@ Invariants:
 
 * the decode loop runs in its own thread and makes no Ray call (:mod:`actors.decode_loop`); the actor's methods only put
   commands into its mailbox;
-* what was said crosses to the event loop once per step and is sorted there into one queue per stream;
+* what was said crosses to the event loop without a wait and reaches every stream in as few messages as it reads
+  (:mod:`actors.streams`);
 * every stream ends: with a finished token, or with an error that names the generation;
 * a stream that is cancelled or dropped by Ray cancels its generation;
 * the planners belong to this actor: they end with it, by ``close`` or by its death.
@@ -18,22 +19,29 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from actors.decode_loop import Closed, DecodeLoop, Message, Refused
+from actors.decode_loop import Closed, DecodeLoop, Refused
 from actors.planner import AS_TRAINED, PlannerActor, PlannerSettings
 from actors.pool import PlannerPool
+from actors.state_store import StateHandle, StateStore
+from actors.streams import Stream, Streams, ends
 from actors.weights import Weights, open_source, share
 from crsm.config import DeliberationConfig, EngineConfig, PlannersConfig, SamplingConfig
-from crsm.engine import Engine, GenerationRequest
+from crsm.engine import Engine, QueueFull
+from crsm.generation import GenerationRequest
 from crsm.model import Checkpoint
+from crsm.saved_generation import SavedGeneration, check_saved
 from crsm.threads import use_threads
 from crsm.types import Token
+
+StreamItem = tuple[Token, ...] | SavedGeneration
+"""One message of a stream."""
 
 
 class GenerationFailed(RuntimeError):
@@ -81,77 +89,160 @@ class GeneratorActor:
             engine,
             world_model=settings.planning_model(self._checkpoint),
         )
-        self._streams: dict[str, asyncio.Queue[Message]] = {}
-        self._events: asyncio.AbstractEventLoop | None = None
-        self._decode = DecodeLoop(self._engine, self._deliver)
-        self._closed = False
+        self._streams = Streams(engine.stream_interval)
+        self._states = StateStore(engine.max_state_bytes)
+        self._park_seconds = engine.park_seconds
+        self._decode = DecodeLoop(self._engine, self._streams.deliver)
         self._decode.start()
 
     async def generate(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[int] = (),
         sampling: SamplingConfig | None = None,
         deliberation: DeliberationConfig | None = None,
         simulations: int | None = None,
         generation_id: str = "",
-    ) -> AsyncIterator[Token]:
-        """Streams the tokens of one generation (``num_returns="streaming"``, which Ray sees by itself).
+        *,
+        pace: float | None = None,
+        park: bool = False,
+        start: str | SavedGeneration | None = None,
+        forced: Sequence[int] = (),
+        snapshot_every: int = 0,
+    ) -> AsyncIterator[StreamItem]:
+        """Streams one generation (``num_returns="streaming"``, which Ray sees by itself).
 
         Args:
-            prompt: tokens to say on from.
-            sampling: None: the checkpoint's.
-            deliberation: None: the checkpoint's.
-            simulations: budget of a search; None: the checkpoint's.
+            prompt: tokens to say on from; of a parked generation, its next turn.
+            sampling: None: that of ``start``, or the checkpoint's.
+            deliberation: None: likewise.
+            simulations: budget of a search; None: likewise.
             generation_id: for :meth:`cancel`; empty: a fresh one, which every token names.
+            pace: tokens per second at most; None: the engine's.
+            park: keep the generation when its turn is over: it thinks on, and a later call with its id goes on.
+            start: a saved state, or the handle of one, to go on from under a new id.
+            forced: the first tokens to say, whatever the model would.
+            snapshot_every: put a :class:`~crsm.saved_generation.SavedGeneration` into the stream every so many tokens.
+
+        Yields:
+            What was said since the last message, as tuples of tokens; and snapshots.
 
         Raises:
-            ValueError: the prompt is empty or outside the vocabulary, or the id is in use.
+            ValueError: the request cannot be carried out; nothing was said.
+            QueueFull: too many generations wait; to be tried again later.
             GenerationFailed: the generator was closed or its engine failed; the message names the generation.
         """
-        self._events = asyncio.get_running_loop()
+        saved = self._states.get(start) if isinstance(start, str) else start
         config = self._checkpoint.config
         request = GenerationRequest(
             tuple(prompt),
-            sampling or config.sampling,
-            deliberation or config.deliberation,
-            config.search.simulations if simulations is None else simulations,
+            sampling or (saved.sampling if saved else config.sampling),
+            deliberation or (saved.deliberation if saved else config.deliberation),
+            simulations or (saved.simulations if saved else config.search.simulations),
             generation_id or uuid.uuid4().hex,
+            pace=pace,
+            park=park,
+            start=saved,
+            forced=tuple(forced),
+            snapshot_every=snapshot_every,
         )
-        name = request.generation_id
-        if name in self._streams:
-            raise ValueError(f"generation_id = {name!r} is in use; allowed: a fresh one")
-        said = self._streams[name] = asyncio.Queue()
-        ended = False
+        async for item in self._stream([request]):
+            if isinstance(item, Refused):
+                raise QueueFull(item.reason) if item.full else ValueError(item.reason)
+            yield item
+
+    async def generate_many(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[StreamItem | Refused]:
+        """Streams many generations in one: what a front end with many users reads, at the cost of one stream.
+
+        A request that is refused is named in a :class:`~actors.decode_loop.Refused`; the others go on.
+
+        Raises:
+            ValueError: an id is missing, or given twice.
+            GenerationFailed: the generator was closed or its engine failed.
+        """
+        names = [request.generation_id for request in requests]
+        if not all(names) or len(set(names)) < len(names):
+            raise ValueError("generation_id is missing or given twice; allowed: one of its own for every request")
+        async for item in self._stream(requests):
+            yield item
+
+    async def _stream(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[StreamItem | Refused]:
+        names = {request.generation_id for request in requests}
+        if taken := sorted(name for name in names if name in self._streams):
+            raise ValueError(f"generation_id = {taken[0]!r} is in use; allowed: a fresh one")
+        stream, left = Stream(), set(names)
+        self._streams.open(list(names), stream)
         try:
-            self._decode.join(request)
-            while not ended:
-                match await said.get():
-                    case Refused(reason=reason):
-                        ended = True
-                        if self._closed:
-                            raise GenerationFailed(f"generation {name}: {reason}")
-                        raise ValueError(reason)
-                    case Closed(reason=reason):
-                        ended = True
-                        raise GenerationFailed(f"generation {name}: {reason}")
-                    case Token() as token:
-                        ended = token.finished
-                        yield token
+            for request in requests:
+                self._decode.join(request)
+            while left:
+                said: list[Token] = []
+                for message in await stream.take():
+                    if isinstance(message, Closed):
+                        raise GenerationFailed(f"generation {', '.join(sorted(left))}: {message.reason}")
+                    if ends(message):
+                        left.discard(message.generation_id)
+                    if isinstance(message, Token):
+                        said.append(message)
+                        continue
+                    if isinstance(message, Refused) and self._streams.closed is not None:
+                        raise GenerationFailed(f"generation {message.generation_id}: {message.reason}")
+                    if said:
+                        yield tuple(said)
+                        said = []
+                    yield message
+                if said:
+                    yield tuple(said)
         finally:
-            del self._streams[name]
-            if not ended:
+            self._streams.close(list(names))
+            for name in left:
                 self._decode.cancel(name)
 
+    async def snapshot(self, generation_id: str, seconds: float | None = None) -> StateHandle:
+        """Keeps a generation's state as it stands between two tokens; the generation goes on.
+
+        Args:
+            generation_id: a speaking or a parked generation.
+            seconds: to live; None: the settings' ``park_seconds``.
+
+        Raises:
+            ValueError: no such generation, or ``seconds`` is not above 0.
+        """
+        saved = await self._question(lambda engine: engine.snapshot(generation_id))
+        return self._states.put(saved, self._park_seconds if seconds is None else seconds)
+
+    async def export_state(self, handle: str) -> SavedGeneration:
+        """The state behind a handle, to be handed to another generator (``import_state``, or ``start=`` at once)."""
+        return self._states.get(handle)
+
+    async def import_state(self, saved: SavedGeneration, seconds: float | None = None) -> StateHandle:
+        """Keeps a state that comes from another generator with the same weights.
+
+        Raises:
+            ValueError: it was made with other weights, or its arrays do not fit.
+        """
+        check_saved(saved, self._checkpoint)
+        return self._states.put(saved, self._park_seconds if seconds is None else seconds)
+
+    async def drop_state(self, handle: str) -> bool:
+        """Forgets a state; whether there was one."""
+        return self._states.drop(handle)
+
     async def cancel(self, generation_id: str) -> None:
-        """Ends a generation at the next step: its stream ends with a token whose reason is ``cancelled``."""
+        """Ends a generation at the next step: its stream ends with a token whose reason is ``cancelled``. A parked one
+        is forgotten."""
         self._decode.cancel(generation_id)
 
     async def metrics(self) -> dict[str, Any]:
-        """What became of the plans, and the pool's counters."""
+        """What became of the plans, how long tokens took, who is there, and the pool's counters."""
         events = asyncio.get_running_loop()
         answer: asyncio.Future[dict[str, Any]] = events.create_future()
-        self._decode.ask(lambda summary: _call_soon(events, _resolve, answer, summary))
-        return {**await answer, "streams": len(self._streams), "pool": asdict(self._pool.stats())}
+        self._decode.metrics(lambda summary: _call_soon(events, _resolve, answer, summary))
+        return {
+            **await answer,
+            "streams": len(self._streams),
+            "states": {"count": len(self._states), "bytes": self._states.num_bytes},
+            "pool": asdict(self._pool.stats()),
+        }
 
     async def ping(self) -> int:
         """The process id, once the actor is there."""
@@ -159,25 +250,17 @@ class GeneratorActor:
 
     async def close(self) -> None:
         """Ends every stream, the decode thread and the planners; returns when they have ended."""
-        self._closed = True
         self._decode.stop()
         # The pool first: under the virtual clock the decode thread may be waiting for it.
         await asyncio.to_thread(self._pool.close)
         await asyncio.to_thread(self._decode.wait)
 
-    def _deliver(self, messages: Sequence[Message]) -> None:
-        """From the decode thread to the event loop."""
-        if self._events is not None:
-            _call_soon(self._events, self._sort, messages)
-
-    def _sort(self, messages: Sequence[Message]) -> None:
-        for message in messages:
-            if isinstance(message, Closed):
-                self._closed = True
-                for stream in self._streams.values():
-                    stream.put_nowait(message)
-            elif message.generation_id in self._streams:
-                self._streams[message.generation_id].put_nowait(message)
+    async def _question(self, question: Callable[[Engine], Any]) -> Any:
+        """Asks the engine something, between two of its steps."""
+        events = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = events.create_future()
+        self._decode.ask(question, lambda found: _call_soon(events, _resolve, answer, found))
+        return await answer
 
 
 def _call_soon(events: asyncio.AbstractEventLoop, function: Any, *arguments: Any) -> None:
@@ -185,9 +268,13 @@ def _call_soon(events: asyncio.AbstractEventLoop, function: Any, *arguments: Any
         events.call_soon_threadsafe(function, *arguments)
 
 
-def _resolve(answer: asyncio.Future[dict[str, Any]], summary: dict[str, Any]) -> None:
-    if not answer.done():
-        answer.set_result(summary)
+def _resolve(answer: asyncio.Future[Any], found: Any) -> None:
+    if answer.done():
+        return
+    if isinstance(found, ValueError):
+        answer.set_exception(found)
+    else:
+        answer.set_result(found)
 
 
 def start_generator(
@@ -201,13 +288,17 @@ def start_generator(
     num_gpus: float = 0.0,
     planner_cpus: float = 1.0,
     planner_class: type = PlannerActor,
+    max_restarts: int = 0,
 ) -> Any:
     """Starts a generator and its planners; returns the actor's handle at once.
+
+    With ``max_restarts`` (-1: any number) Ray starts it again when its process dies. What it was saying is lost with
+    it: callers hear so, or resume (:func:`actors.client.stream_tokens`).
 
     Stop it with :func:`stop_generator`; it also ends with the process that started it.
     """
     source = share(checkpoint)
-    actor = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=0)(GeneratorActor)
+    actor = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=max_restarts)(GeneratorActor)
     return actor.remote(source, [source], planners, engine, settings, threads, planner_cpus, planner_class)
 
 

@@ -182,8 +182,9 @@ def _generate(
 ) -> dict[str, Any]:
     import contextlib
 
-    from crsm.engine import Engine, GenerationRequest
+    from crsm.engine import Engine
     from crsm.event_log import EventLog
+    from crsm.generation import GenerationRequest
 
     settings = checkpoint.config
     if settings.planners.count == 0:
@@ -354,7 +355,8 @@ def replay(
 
 
 def _replay(checkpoint: Checkpoint, logged: Any) -> dict[str, Any]:
-    from crsm.engine import Engine, GenerationRequest
+    from crsm.engine import Engine
+    from crsm.generation import GenerationRequest
 
     engine = Engine(checkpoint, injection_source=lambda _, position: logged.injections.get(position))
     engine.submit(GenerationRequest(logged.prompt, logged.sampling, logged.deliberation))

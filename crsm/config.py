@@ -214,6 +214,10 @@ class DeliberationConfig(Settings):
     hypotheses: Positive = 1
     withdraw: bool = True
     """Take a superseded or spent write out of the state again."""
+    park_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of the next turn that are foreseen while a generation is parked; 0: no thinking between turns."""
+    park_simulations: Positive = 4096
+    """Simulations that one pause between turns may cost."""
 
 
 class SamplingConfig(Settings):
@@ -224,15 +228,32 @@ class SamplingConfig(Settings):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     max_tokens: Positive = 64
     seed: Annotated[int, Field(ge=0)] = 0
+    ignore_eos: bool = False
+    """Go on to ``max_tokens`` whatever is said (measurements)."""
 
 
 class EngineConfig(Settings):
     clock: Literal["virtual", "wall"] = "virtual"
     """``virtual``: a plan is there exactly at its target, whatever the machine's speed; ``wall``: when it arrives."""
     pace: Annotated[float, Field(gt=0)] | None = None
-    """Tokens per second at most (wall clock only); None: as fast as the machine goes."""
+    """Tokens per second of a generation that sets no pace of its own (wall clock only); None: as fast as the machine
+    goes."""
     max_batch: Positive = 256
-    """Generations decoded together."""
+    """Generations decoded together; their memory is known in advance (``crsm inspect``)."""
+    max_waiting: Positive = 1024
+    """Generations that wait for a place in the batch; one more is refused."""
+    max_parked: Annotated[int, Field(ge=0)] = 256
+    """Generations kept between their turns; the one that rested longest is forgotten for one more."""
+    park_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """How long a parked generation and a saved state are kept."""
+    max_state_bytes: Positive = 2**30
+    """Saved states kept by one generator; those that end first go when there are more."""
+    prefill_chunk: Positive = 512
+    """Tokens of prompts consumed per step while others are decoded: a long prompt goes in by parts of this length."""
+    wire: Literal["fp32", "bf16"] = "fp32"
+    """Numbers of the messages between generator and planners."""
+    stream_interval: Annotated[float, Field(ge=0)] = 0.005
+    """Seconds between two messages of a stream at least; what was said meanwhile comes together."""
     decoder: Literal["auto", "native", "torch"] = "auto"
     """Who consumes a token: ``native``, the C++ core; ``torch``, the backbone's own ``step``; ``auto``: the native one
     where it is installed and the model is fp32 on the CPU."""

@@ -7,9 +7,11 @@ exactly one :class:`~crsm.types.Reason`.
 
 from __future__ import annotations
 
+import enum
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +30,36 @@ class Due:
     """Tokens after its target."""
     outcomes: tuple[tuple[Plan, Reason], ...]
     """One per request that was settled, the applied one included."""
+    ranks: tuple[int, ...]
+    """For every request with a usable plan: which of its futures came true, 0 for the likeliest."""
+
+
+class Fault(str, enum.Enum):
+    """What is wrong with a plan that came back."""
+
+    SHAPE = "shape"
+    """An array of another shape or type, or none."""
+    NOT_FINITE = "not_finite"
+    """NaN or infinity."""
+    RANGE = "range"
+    """A gate or a probability outside its range, or probabilities that do not sum to 1."""
+    VOCABULARY = "vocabulary"
+    """A token that the model does not know."""
+    GENERATION = "generation"
+    """Generation, position or target are not those of the request."""
+    VERSION = "version"
+    """Made with other weights."""
+    DUPLICATE = "duplicate"
+    """Its request is settled already."""
+    UNKNOWN = "unknown"
+    """No such request was ever made."""
+
+
+class Malformed(NamedTuple):
+    """What is wrong with a plan, as a kind and in words."""
+
+    fault: Fault
+    message: str
 
 
 class DeltaBuffer:
@@ -55,31 +87,38 @@ class DeltaBuffer:
         waiting = self._plans.get(generation_id, {})
         outcomes: list[tuple[Plan, Reason]] = []
         usable: list[Plan] = []
+        ranks: list[int] = []
         for target in sorted(target for target in waiting if target <= position):
             by_request: dict[int, list[Plan]] = defaultdict(list)
             for plan in waiting.pop(target):
                 by_request[plan.request_id].append(plan)
             for futures in by_request.values():
-                matching = [plan for plan in futures if matches(plan, tokens, first, position)]
+                matching = [rank for rank, plan in enumerate(futures) if matches(plan, tokens, first, position)]
                 if position - target > max_lag:
                     outcomes.append((futures[0], Reason.STALE))
                 elif not matching:
                     outcomes.append((futures[0], Reason.MISMATCH))
                 else:
-                    usable.append(matching[0])
+                    usable.append(futures[matching[0]])
+                    ranks.append(matching[0])
         chosen = next((plan for plan in reversed(usable) if plan.confidence_L.any()), None)
         for plan in usable:
             if plan is chosen:
                 outcomes.append((plan, Reason.LATE if plan.target < position else Reason.ON_TIME))
             else:
                 outcomes.append((plan, Reason.SUPERSEDED if plan.confidence_L.any() else Reason.SHUT))
-        return Due(chosen, position - chosen.target if chosen else 0, tuple(outcomes))
+        return Due(chosen, position - chosen.target if chosen else 0, tuple(outcomes), tuple(ranks))
 
     def drop(self, generation_id: str, target: int, request_id: int) -> None:
         """Forgets the plans of one request."""
         waiting = self._plans.get(generation_id, {})
         if target in waiting:
             waiting[target] = [plan for plan in waiting[target] if plan.request_id != request_id]
+
+    def waiting(self, generation_id: str) -> list[Plan]:
+        """The plans that wait for a generation, by target."""
+        targets = self._plans.get(generation_id, {})
+        return [plan for target in sorted(targets) for plan in targets[target]]
 
     def end(self, generation_id: str) -> list[Plan]:
         """Forgets a generation; returns the plans that were waiting for it."""
@@ -95,15 +134,15 @@ def matches(plan: Plan, tokens: Sequence[int], first: int, position: int) -> boo
     return len(said) < len(plan.assumed) + max(1, len(plan.line)) and tuple(said) == expected[: len(said)]
 
 
-def check_plan(plan: Plan, sizes: BackboneConfig, rank: int) -> str | None:
-    """What is wrong with a plan's form, in words; None: nothing.
+def check_plan(plan: Plan, sizes: BackboneConfig, rank: int) -> Malformed | None:
+    """What is wrong with a plan's form; None: nothing.
 
     A plan comes from another process: it is checked before it may touch a state.
     """
     layers = sizes.n_layer
     actions = plan.policy_tokens_A
     if not isinstance(actions, np.ndarray) or actions.ndim != 1 or actions.dtype.kind not in "iu":
-        return f"policy_tokens_A is {_form(actions)}; allowed: integers of one dimension"
+        return Malformed(Fault.SHAPE, f"policy_tokens_A is {_form(actions)}; allowed: integers of one dimension")
     want = {
         "confidence_L": (layers,),
         "value_root_L": (layers,),
@@ -116,18 +155,20 @@ def check_plan(plan: Plan, sizes: BackboneConfig, rank: int) -> str | None:
         array = getattr(plan, name)
         rounded = name.startswith("write") and isinstance(array, np.ndarray) and array.dtype == np.uint16
         if not isinstance(array, np.ndarray) or array.shape != shape or not (rounded or array.dtype.kind == "f"):
-            return f"{name} is {_form(array)}; allowed: floating point of shape {shape}"
+            return Malformed(Fault.SHAPE, f"{name} is {_form(array)}; allowed: floating point of shape {shape}")
         if not is_finite(array):
-            return f"{name} holds NaN or infinity"
+            return Malformed(Fault.NOT_FINITE, f"{name} holds NaN or infinity")
     if ((plan.confidence_L < 0) | (plan.confidence_L > 1)).any():
-        return f"confidence_L = {plan.confidence_L.tolist()}; allowed: [0, 1]"
+        return Malformed(Fault.RANGE, f"confidence_L = {plan.confidence_L.tolist()}; allowed: [0, 1]")
     if (plan.policy_probs_A < 0).any() or abs(float(plan.policy_probs_A.sum()) - 1) > 1e-3:
-        return f"policy_probs_A = {plan.policy_probs_A.tolist()}; allowed: probabilities that sum to 1"
+        message = f"policy_probs_A = {plan.policy_probs_A.tolist()}; allowed: probabilities that sum to 1"
+        return Malformed(Fault.RANGE, message)
     tokens = (*plan.assumed, *plan.line, *actions.tolist())
     if not all(0 <= token < sizes.vocab_size for token in tokens):
-        return f"a token lies outside the vocabulary of {sizes.vocab_size}"
+        return Malformed(Fault.VOCABULARY, f"a token lies outside the vocabulary of {sizes.vocab_size}")
     if len(plan.assumed) != plan.target - plan.position:
-        return f"{len(plan.assumed)} assumed tokens for a lag of {plan.target - plan.position}"
+        message = f"{len(plan.assumed)} assumed tokens for a lag of {plan.target - plan.position}"
+        return Malformed(Fault.SHAPE, message)
     return None
 
 

@@ -1,95 +1,74 @@
 """The non-blocking token loop: System 1 says a token per step, whatever System 2 does.
 
-One :meth:`Engine.step` says one token of every running generation:
+One :meth:`Engine.step` says one token of every generation whose beat has come:
 
-1. new generations join the batch (their prompts are consumed; a recurrent state has no length, so any may join);
-2. where deliberation is due, snapshots are handed to the planners;
-3. plans that have arrived are put into the targeted delta buffer (the virtual clock first waits for those whose
+1. cancelled generations leave;
+2. where deliberation is due, snapshots are handed to the planners; parked generations think on about their next turn;
+3. without a beat or a prompt there is nothing to do before the next beat: the engine sleeps until then;
+4. plans that have arrived are put into the targeted delta buffer (the virtual clock first waits for those whose
    target has come; the wall clock never waits);
-4. plans that are due, match what was said and have an open gate are written into the state;
-5. the batch consumes its tokens, the next ones are sampled, finished generations leave.
+5. plans that are due, match what was said and have an open gate are written into the state;
+6. the batch consumes its tokens, the next ones are sampled, finished generations leave;
+7. prompts are consumed, a bounded number of tokens per step; whoever is through says a first token and joins.
 
 Guarantees: with no planner, or all gates 0, the tokens are those of the plain backbone, bit for bit (``forward`` for
-the prompt, then the decoder that the settings choose). A plan reaches only the generation that asked for it: ids are
-never reused, and an ended generation takes its plans with it. Every request is settled with exactly one reason.
+the prompt in chunks, then the decoder that the settings choose). A plan reaches only the generation that asked for it:
+ids are never reused, and an ended generation takes its plans with it. States live in slots whose number is bounded, so
+that memory is known in advance; what does not fit waits, and what cannot wait is refused.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from crsm.config import DeliberationConfig, EngineConfig, SamplingConfig
+from crsm.config import EngineConfig
 from crsm.decoding import select_decoder
-from crsm.delta_buffer import DeltaBuffer, check_plan
+from crsm.deliberation import Deliberation, Foresight
 from crsm.event_log import EventLog
+from crsm.generation import Generation, GenerationRequest
 from crsm.latent_dynamics import WorldModel
 from crsm.metrics import PlanMetrics
 from crsm.model import Checkpoint
-from crsm.planners import Arrivals, Planners
+from crsm.pace import beat, first_beat, time_of
+from crsm.planners import Planners
+from crsm.prompts import Prompt, choose_prompts, consume_chunks
 from crsm.sampling import choose_token, mix_policy
-from crsm.steering import Steering, advance, concat_steering, no_steering, steer
-from crsm.types import Channel, Injection, ModelState, Plan, PlanRequest, Reason, Token, concat_states
+from crsm.saved_generation import SavedGeneration, check_saved, pack, restore_random, state_without_write, unpack
+from crsm.slots import make_slots
+from crsm.steering import Steering
+from crsm.types import Injection, ModelState, Token
 
-_NOTHING = np.empty(0, dtype=np.float32)
-
-_REQUEST_IDS = itertools.count()
-"""Over all engines of the process: a plan left over from one can never be taken for an answer to another."""
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """What to say on from, and how."""
-
-    prompt: tuple[int, ...]
-    sampling: SamplingConfig = SamplingConfig()
-    deliberation: DeliberationConfig = DeliberationConfig()
-    simulations: int = 64
-    generation_id: str = ""
-    """Empty: a fresh one is made."""
-
-
-@dataclass(slots=True)
-class _Generation:
-    """A running generation's bookkeeping; its state is a row of the batch."""
-
-    id: str
-    request: GenerationRequest
-    rng: np.random.Generator
-    tokens: list[int] = field(default_factory=list)
-    """Generated so far; the last one is not yet consumed."""
-    plans_asked: int = 0
-    cancelled: bool = False
-
-    @property
-    def first(self) -> int:
-        """Position of ``tokens[0]``."""
-        return len(self.request.prompt)
-
-    @property
-    def position(self) -> int:
-        """Position of the token about to be consumed."""
-        return self.first + len(self.tokens) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Running:
-    """The batch: rows of tensors, in the order of the engine's generations."""
-
-    state: ModelState
-    hidden_BLD: Tensor
-    steering: Steering
-
+_FIRST_SLOTS = 8
+"""Slots at the beginning; doubled when they are all taken."""
+_IDLE_CHUNKS = 8
+"""While nobody speaks, a step may consume so many chunks of prompts."""
+_SMOOTHING = 0.1
+"""Weight of the newest interval in the mean time between tokens."""
 
 InjectionSource = Callable[[str, int], Injection | None]
 """Gives the injection for (generation id, position): a replay, or the controls of an evaluation."""
+
+
+class QueueFull(RuntimeError):
+    """No more generations can wait; to be tried again later."""
+
+
+@dataclass(slots=True)
+class _Parked:
+    """A generation between two turns."""
+
+    generation: Generation
+    saved: SavedGeneration
+    since: float
+    foresight: Foresight = field(default_factory=Foresight)
 
 
 class Engine:
@@ -116,7 +95,7 @@ class Engine:
             injection_source: injections that come from elsewhere than planners.
             event_log: where to write every event.
             clock: seconds, for pace and deadlines.
-            sleep: waits, for the pace.
+            sleep: waits, for the pace; may return early.
 
         Raises:
             ValueError: planners and an injection source, whose plans would meet; a decoder that cannot be had.
@@ -124,57 +103,137 @@ class Engine:
         if planners is not None and injection_source is not None:
             raise ValueError("planners and an injection_source; allowed: one of them, or neither")
         self.checkpoint, self.config, self.metrics = checkpoint, config, PlanMetrics()
-        self._model, self._planners = checkpoint.model, planners
-        self._decoder = select_decoder(self._model, config)
-        self._world_model = world_model or checkpoint.model.planning_model()
-        self._source, self._log, self._clock, self._sleep = injection_source, event_log, clock, sleep
-        self._buffer = DeltaBuffer()
-        self._waiting: list[_Generation] = []
-        self._active: list[_Generation] = []
-        self._running: _Running | None = None
-        self._open: dict[int, PlanRequest] = {}
-        """Requests that are not settled, by id; without their snapshots, which stalled planners would pile up here."""
-        self._early: list[Plan] = []
-        """Virtual clock: plans that arrived before their time."""
-        self._next_step = 0.0
+        self.sleep = sleep
+        self._model, self._source, self._log, self._clock = checkpoint.model, injection_source, event_log, clock
+        decoder = select_decoder(self._model, config)
+        self._deliberation = Deliberation(
+            checkpoint,
+            planners,
+            config,
+            decoder,
+            self.metrics,
+            world_model=world_model,
+            event_log=event_log,
+            clock=clock,
+        )
+        self._slots = make_slots(self._model, decoder, min(_FIRST_SLOTS, config.max_batch))
+        self._free = list(range(self._slots.capacity))
+        self._terminal = frozenset(checkpoint.tokenizer.terminal_ids)
+        self._generations: dict[str, Generation] = {}
+        """Everything that is not over, parked or not."""
+        self._waiting: deque[Prompt] = deque()
+        self._reading: list[Prompt] = []
+        """Those whose prompts are being consumed, in the order in which they came."""
+        self._active: list[Generation] = []
+        self._parked: dict[str, _Parked] = {}
+        self._any_cancelled = False
+        self._began = clock()
+        self._interval: float | None = None
+        """Mean seconds between two tokens of a generation without a pace."""
 
     # ---------------------------------------------------------------- generations
 
     def submit(self, request: GenerationRequest) -> str:
-        """Accepts a generation; it joins at the next step. Returns its id.
+        """Accepts a generation, or the next turn of a parked one; it joins as soon as there is room. Returns its id.
 
         Raises:
-            ValueError: an empty prompt, a token outside the vocabulary, or an id that is in use.
+            ValueError: an empty prompt where there is nothing else to go on from, a token outside the vocabulary, an id
+                that is in use, a saved generation of other weights.
+            QueueFull: as many wait as the settings allow.
         """
-        vocab = self._model.config.model.backbone.vocab_size
-        if not request.prompt:
-            raise ValueError("prompt is empty; allowed: at least one token")
-        if bad := [token for token in request.prompt if not 0 <= token < vocab]:
-            raise ValueError(f"prompt holds token {bad[0]}; allowed: 0 to {vocab - 1}")
-        name = request.generation_id or uuid.uuid4().hex
-        if any(generation.id == name for generation in (*self._waiting, *self._active)):
-            raise ValueError(f"generation_id = {name!r} is in use; allowed: a fresh one")
-        self._waiting.append(_Generation(name, request, np.random.default_rng(request.sampling.seed)))
+        self._check(request)
+        if len(self._waiting) >= self.config.max_waiting:
+            raise QueueFull(
+                f"{len(self._waiting)} generations wait; allowed: engine.max_waiting = {self.config.max_waiting}"
+            )
+        request = replace(request, pace=request.pace if request.pace is not None else self.config.pace)
+        parked = self._parked.pop(request.generation_id, None)
+        if parked is not None:
+            prompt = self._next_turn(parked.generation, request, parked.saved)
+        else:
+            request = replace(request, generation_id=request.generation_id or uuid.uuid4().hex)
+            generation = Generation(
+                request.generation_id, request, np.random.default_rng(request.sampling.seed), said_at=self._clock()
+            )
+            prompt = self._first_turn(generation, request)
+        generation = prompt.generation
+        generation.forced = list(reversed(request.forced))
+        self._generations[generation.id] = generation
+        self._waiting.append(prompt)
         if self._log:
             self._log.start(
-                name,
+                generation.id,
                 request.prompt,
                 request.sampling,
                 request.deliberation,
                 self.checkpoint.model_version,
                 self.checkpoint.weights_hash,
+                fresh=parked is None and request.start is None,
             )
-        return name
+        return generation.id
 
     def cancel(self, generation_id: str) -> None:
-        """Ends a generation at the next step; unknown ids are ignored, since it may just have ended."""
-        for generation in (*self._waiting, *self._active):
-            if generation.id == generation_id:
-                generation.cancelled = True
+        """Ends a generation at the next step; unknown ids are ignored, since it may just have ended. A parked one is
+        forgotten."""
+        if generation_id in self._parked:
+            self.forget(generation_id)
+        elif (generation := self._generations.get(generation_id)) is not None:
+            generation.cancelled = self._any_cancelled = True
+
+    def forget(self, generation_id: str) -> bool:
+        """Drops a parked generation and its plans; whether there was one."""
+        parked = self._parked.pop(generation_id, None)
+        if parked is None:
+            return False
+        self._end(parked.generation)
+        return True
+
+    @torch.inference_mode()
+    def snapshot(self, generation_id: str) -> SavedGeneration:
+        """A generation as it stands between two steps: a value from which the same tokens follow. It goes on itself.
+
+        Under the virtual clock this waits for its open plans, which are part of what follows.
+
+        Raises:
+            ValueError: no such generation, or it has not said its first token.
+        """
+        if generation_id in self._parked:
+            parked = self._parked[generation_id]
+            return replace(parked.saved, plans=self._deliberation.waiting(parked.generation))
+        generation = self._generations.get(generation_id)
+        if generation is None or generation.slot < 0:
+            state = "has not said its first token" if generation else "is not known: it has ended, or never began"
+            raise ValueError(f"generation_id = {generation_id!r} {state}; allowed: one that is speaking or parked")
+        self._deliberation.ask([generation], self._slots, self._began, self._interval)
+        self._deliberation.await_all(generation)
+        return self._saved(generation, *self._slots.save(generation.slot))
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._active)
+        """Whether a step would say or read something, sooner or later."""
+        return bool(self._active or self._reading or self._waiting)
+
+    @property
+    def parked(self) -> tuple[str, ...]:
+        """Ids of the generations between two turns, the one that rested longest first."""
+        return tuple(self._parked)
+
+    @property
+    def thinking(self) -> bool:
+        """Whether a parked generation still has something to ask or to receive."""
+        return any(
+            entry.generation.open_requests or self._deliberation.can_foresee(entry.saved, entry.foresight)
+            for entry in self._parked.values()
+        )
+
+    def counts(self) -> dict[str, int]:
+        """Generations by what they are doing."""
+        return {
+            "speaking": len(self._active),
+            "reading": len(self._reading),
+            "waiting": len(self._waiting),
+            "parked": len(self._parked),
+        }
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[Token]:
         """Runs until every generation has ended; yields tokens as they are said."""
@@ -197,318 +256,330 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """Says one token of every generation; new ones say their first."""
-        said = self._leave_cancelled()
-        if self._active:
-            self._ask()
+        """Says one token of every generation whose beat has come; new ones say their first."""
+        said = self._leave_cancelled() if self._any_cancelled else []
+        started = time.perf_counter()
+        self._deliberation.ask(self._active, self._slots, self._began, self._interval)
+        if self._parked:
+            self._think_between_turns()
+        asked = time.perf_counter()
         # Asked before the pause: the planners work while the reader reads.
-        self._keep_pace()
-        if self._active:
-            self._receive()
-            injections = self._due()
-            said += self._consume(injections)
-        said += self._join()
-        self.metrics.tokens += sum(token.finish_reason != "cancelled" for token in said)
+        speakers = self._on_beat()
+        if speakers:
+            resumed = time.perf_counter()
+            self._deliberation.receive(speakers)
+            injections = self._steer(speakers)
+            self.metrics.deliberation_seconds += time.perf_counter() - resumed
+            said += self._consume(speakers, injections)
+        self.metrics.deliberation_seconds += asked - started
+        if self._waiting or self._reading:
+            said += self._read_prompts()
+        self.metrics.tokens += len(said)
         if self._log:
             for token in said:
                 self._log.token(token)
         return said
 
-    def _keep_pace(self) -> None:
-        if self.config.pace is None or self.config.clock != "wall":
-            return
-        now = self._clock()
-        if now < self._next_step:
-            self._sleep(self._next_step - now)
-        self._next_step = max(now, self._next_step) + 1 / self.config.pace
+    def _on_beat(self) -> list[Generation]:
+        """Those whose beat has come; if there is none, and nothing to read, sleeps until there is one."""
+        if self.config.clock != "wall":
+            return self._active
+        speakers = self._due_now()
+        if not speakers and self._active and not (self._reading or self._waiting):
+            now = self._clock() - self._began
+            # Generations without a pace are always due, so that all of these have one.
+            wake = min(time_of(g.tick + 1, g.request.pace) for g in self._active if g.request.pace is not None)
+            self.sleep(max(0.0, wake - now))
+            speakers = self._due_now()
+        return speakers
 
-    def _join(self) -> list[Token]:
-        """Consumes the prompts of waiting generations, as many as there is room for, and samples their first tokens."""
-        room = self.config.max_batch - len(self._active)
-        joining, self._waiting = self._waiting[:room], self._waiting[room:]
-        by_length: dict[int, list[_Generation]] = {}
-        for generation in joining:
-            by_length.setdefault(generation.first, []).append(generation)
-        said: list[Token] = []
-        for generations in by_length.values():
-            prompts = torch.tensor([generation.request.prompt for generation in generations])
-            logits_BV, hidden_BLD, state = self._model.prefill(prompts)
-            batch = _Running(state, hidden_BLD, no_steering(state))
-            said += self._say(generations, logits_BV.log_softmax(dim=-1), batch, {})
-        return said
+    def _due_now(self) -> list[Generation]:
+        now = self._clock() - self._began
+        return [g for g in self._active if g.request.pace is None or beat(now, g.request.pace) > g.tick]
 
-    def _consume(self, injections: dict[int, Injection]) -> list[Token]:
-        assert self._running is not None
-        running, generations = self._running, self._active
-        positions = [generation.position for generation in generations]
-        tracked = [generation.request.deliberation.withdraw for generation in generations]
-        state, steering = steer(running.state, running.steering, injections, positions, tracked)
-        # Nothing else holds the state: prompts make a fresh one, and snapshots are copies.
-        token_B = torch.tensor([generation.tokens[-1] for generation in generations])
-        out = self._decoder.step(token_B, state, donate=True)
+    def _steer(self, speakers: list[Generation]) -> dict[int, Injection]:
+        """Writes what is due into the states; the injections by place among the speakers."""
+        injections = {}
+        for place, generation in enumerate(speakers):
+            if self._source is not None:
+                injection = self._source(generation.id, generation.position)
+            elif generation.open_requests:
+                injection = self._deliberation.due(generation)
+            else:
+                continue
+            if injection is not None:
+                injections[place] = injection
+                self.metrics.applied(injection)
+                if self._log:
+                    self._log.inject(injection)
+        self._slots.steer(
+            [generation.slot for generation in speakers],
+            injections,
+            [generation.position for generation in speakers],
+            [generation.request.deliberation.withdraw for generation in speakers],
+        )
+        return injections
+
+    def _consume(self, speakers: list[Generation], injections: dict[int, Injection]) -> list[Token]:
         # Only the virtual clock's own plans are never late; a replay may hold late ones under any clock.
         never_late = self.config.clock == "virtual" and self._source is None
-        remember = 0 if never_late else max(g.request.deliberation.max_lag for g in generations)
-        batch = _Running(out.state, out.hidden_BLD, advance(steering, out.decay_LBH, remember))
-        log_probs_BV = self._decoder.logits(out.hidden_BLD).log_softmax(dim=-1)
-        self._active, self._running = [], None
-        return self._say(generations, log_probs_BV, batch, injections)
+        remember = 0 if never_late else max(g.request.deliberation.max_lag for g in speakers)
+        tokens = torch.tensor([generation.tokens[-1] for generation in speakers])
+        logits_BV = self._slots.step(tokens, [generation.slot for generation in speakers], remember)
+        said, ended = self._say(speakers, logits_BV.log_softmax(dim=-1), injections)
+        for generation in ended:
+            if generation.request.park:
+                self._park(generation, *self._slots.save(generation.slot))
+            self._leave(generation)
+        return said
+
+    def _read_prompts(self) -> list[Token]:
+        """Consumes the next chunks of prompts; those that are through say their first tokens and join the batch."""
+        while self._waiting and len(self._active) + len(self._reading) < self.config.max_batch:
+            prompt = self._waiting.popleft()
+            if prompt.tokens:
+                self._reading.append(prompt)
+            else:
+                self._resume(prompt)
+        chunk, said = self.config.prefill_chunk, []
+        budget = chunk if self._active else _IDLE_CHUNKS * chunk
+        chosen = choose_prompts(self._reading, chunk, budget)
+        for group in consume_chunks(self._model, chosen, chunk):
+            through = set(map(id, group.generations))
+            self._reading = [prompt for prompt in self._reading if id(prompt.generation) not in through]
+            speaking = [row for row, generation in enumerate(group.generations) if not generation.tokens]
+            ended: list[Generation] = []
+            if speaking:
+                rows = torch.tensor(speaking)
+                generations = [group.generations[row] for row in speaking]
+                said_first, ended = self._say(generations, group.logits_BV[rows].log_softmax(dim=-1), {})
+                said += said_first
+            for row, generation in enumerate(group.generations):
+                one = slice(row, row + 1)
+                state, hidden_1LD = group.state.rows(one), group.hidden_BLD[one]
+                if generation not in ended:
+                    self._join(generation, state, hidden_1LD)
+                elif generation.request.park:
+                    self._park(generation, state, hidden_1LD, None)
+        return said
 
     def _say(
-        self,
-        generations: list[_Generation],
-        log_probs_BV: Tensor,
-        batch: _Running,
-        injections: dict[int, Injection],
-    ) -> list[Token]:
-        """Samples a token per row; rows that go on are appended to the running batch."""
-        greedy = log_probs_BV.argmax(dim=-1).tolist()
-        said, staying = [], []
+        self, generations: Sequence[Generation], log_probs_BV: Tensor, injections: dict[int, Injection]
+    ) -> tuple[list[Token], list[Generation]]:
+        """Samples a token per row; the tokens, and the generations whose turns are over by them."""
+        now = self._clock()
+        picked = log_probs_BV.argmax(dim=-1).tolist()
         for row, generation in enumerate(generations):
-            sampling, injection = generation.request.sampling, injections.get(row)
-            log_probs_V = log_probs_BV[row]
-            if injection is not None and injection.policy_weight > 0:
+            sampling = generation.request.sampling
+            if (injection := injections.get(row)) is not None and injection.policy_weight > 0:
                 plan = injection.plan
                 tokens, probs = torch.tensor(plan.policy_tokens_A), torch.tensor(plan.policy_probs_A)
-                log_probs_V = mix_policy(log_probs_V, tokens, probs, injection.policy_weight)
-                picked = choose_token(log_probs_V, sampling, generation.rng.random() if sampling.temperature else 0.0)
-            elif sampling.temperature == 0:
-                picked = greedy[row]
-            else:
-                picked = choose_token(log_probs_V, sampling, generation.rng.random())
-            generation.tokens.append(picked)
+                log_probs_BV[row] = mix_policy(log_probs_BV[row], tokens, probs, injection.policy_weight)
+                picked[row] = int(log_probs_BV[row].argmax())
+            if sampling.temperature > 0:
+                picked[row] = choose_token(log_probs_BV[row], sampling, generation.rng.random())
+            if generation.forced:
+                picked[row] = generation.forced.pop()
+        logprobs = log_probs_BV[torch.arange(len(picked)), torch.tensor(picked)].tolist()
+        said, ended = [], []
+        for row, generation in enumerate(generations):
+            generation.say(picked[row])
+            if generation.request.pace is not None:
+                self._note_beat(generation, now)
             reason = self._finish_reason(generation)
             said.append(
                 Token(
                     generation.id,
                     generation.position,
-                    picked,
-                    float(log_probs_V[picked]),
+                    picked[row],
+                    logprobs[row],
                     reason is not None,
                     reason,
-                    injection,
+                    injections.get(row),
                 )
             )
-            if reason is None:
-                staying.append(row)
-            else:
-                self._end(generation.id)
-        self._append([generations[row] for row in staying], batch, staying, len(generations))
-        return said
+            if reason is not None:
+                ended.append(generation)
+        self._note_time(generations, now)
+        for generation in ended:
+            if not generation.request.park:
+                self._end(generation)
+        return said, ended
 
-    def _append(self, generations: list[_Generation], batch: _Running, rows: list[int], total: int) -> None:
-        if not rows:
-            return
-        if len(rows) < total:
-            index = torch.tensor(rows)
-            batch = _Running(batch.state.rows(index), batch.hidden_BLD[index], batch.steering.rows(index))
-        if self._running is not None:
-            before = self._running
-            batch = _Running(
-                concat_states([before.state, batch.state]),
-                torch.cat([before.hidden_BLD, batch.hidden_BLD]),
-                concat_steering([before.steering, batch.steering]),
+    def _note_beat(self, generation: Generation, now: float) -> None:
+        pace = generation.request.pace
+        assert pace is not None
+        since = now - self._began
+        generation.tick = first_beat(since, pace) if generation.generated == 1 else beat(since, pace)
+
+    def _note_time(self, generations: Sequence[Generation], now: float) -> None:
+        """How long the tokens took; for generations in step with each other it is counted together."""
+        for said_at, times in Counter([g.said_at for g in generations if g.generated > 1]).items():
+            self.metrics.token_seconds.add(now - said_at, times)
+        latest = generations[-1]
+        if latest.generated > 1 and latest.request.pace is None:
+            interval = now - latest.said_at
+            self._interval = (
+                interval if self._interval is None else self._interval + _SMOOTHING * (interval - self._interval)
             )
-        self._running = batch
-        self._active += generations
+        for generation in generations:
+            generation.said_at = now
 
-    def _finish_reason(self, generation: _Generation) -> str | None:
-        if generation.tokens[-1] in self.checkpoint.tokenizer.terminal_ids:
+    def _finish_reason(self, generation: Generation) -> str | None:
+        sampling = generation.request.sampling
+        if generation.tokens[-1] in self._terminal and not sampling.ignore_eos:
             return "stop"
-        if len(generation.tokens) >= generation.request.sampling.max_tokens:
-            return "length"
-        return None
+        return "length" if generation.generated >= sampling.max_tokens else None
+
+    # ---------------------------------------------------------------- joining and leaving
+
+    def _join(self, generation: Generation, state: ModelState, hidden_1LD: Tensor) -> None:
+        self._take_slot(generation)
+        self._slots.put([generation.slot], state, hidden_1LD)
+        self._active.append(generation)
+
+    def _take_slot(self, generation: Generation) -> None:
+        if not self._free:
+            before = self._slots.capacity
+            self._slots.grow(min(2 * before, self.config.max_batch))
+            self._free = list(range(before, self._slots.capacity))
+        generation.slot = self._free.pop()
+
+    def _leave(self, generation: Generation) -> None:
+        """Gives the slot back."""
+        self._active.remove(generation)
+        self._slots.free(generation.slot)
+        self._free.append(generation.slot)
+        generation.slot = -1
+
+    def _end(self, generation: Generation) -> None:
+        """Nothing of a generation is left."""
+        self._deliberation.end(generation)
+        del self._generations[generation.id]
 
     def _leave_cancelled(self) -> list[Token]:
-        gone = [generation for generation in (*self._waiting, *self._active) if generation.cancelled]
-        if not gone:
-            return []
-        self._waiting = [generation for generation in self._waiting if not generation.cancelled]
-        staying = [row for row, generation in enumerate(self._active) if not generation.cancelled]
-        generations, batch = self._active, self._running
-        self._active, self._running = [], None
-        if batch is not None:
-            self._append([generations[row] for row in staying], batch, staying, len(generations))
+        self._any_cancelled = False
+        gone = [g for g in self._generations.values() if g.cancelled]
+        self._waiting = deque(prompt for prompt in self._waiting if not prompt.generation.cancelled)
+        self._reading = [prompt for prompt in self._reading if not prompt.generation.cancelled]
         for generation in gone:
-            self._end(generation.id)
+            if generation.slot >= 0:
+                self._leave(generation)
+            self._end(generation)
         return [Token(g.id, g.position, -1, 0.0, True, "cancelled") for g in gone]
 
-    def _end(self, generation_id: str) -> None:
-        """Settles every open request of a generation that is over."""
-        self._buffer.end(generation_id)
-        self._early = [plan for plan in self._early if plan.generation_id != generation_id]
-        for request in [r for r in self._open.values() if r.generation_id == generation_id]:
-            self._settle(request.request_id, Reason.ENDED)
+    # ---------------------------------------------------------------- turns, and states that are put aside
 
-    # ---------------------------------------------------------------- System 2
+    def _first_turn(self, generation: Generation, request: GenerationRequest) -> Prompt:
+        saved = request.start
+        if saved is None:
+            generation.first = len(request.prompt)
+            return Prompt(generation, request.prompt)
+        if request.prompt:
+            prompt = self._next_turn(generation, request, saved)
+        else:
+            generation.rng = restore_random(saved.random_state)
+            generation.tokens, generation.generated = list(saved.tokens), saved.generated
+            generation.first = saved.position + 1 - len(saved.tokens)
+            generation.plans_asked = saved.plans_asked
+            prompt = Prompt(generation, ())
+        self._deliberation.adopt(generation, saved.plans)
+        return prompt
 
-    def _ask(self) -> None:
-        """Hands the snapshots of all rows that are due to the planners."""
-        if self._planners is None:
+    def _next_turn(self, generation: Generation, request: GenerationRequest, saved: SavedGeneration) -> Prompt:
+        """A prompt that goes on from a saved state: the last token said, then what is new.
+
+        If a plan was foreseen for the end of this prompt, the last token of the prompt is left to be consumed by a
+        step, right before which the plan is written.
+        """
+        generation.request = request
+        generation.rng = np.random.default_rng(request.sampling.seed)
+        generation.generated, generation.plans_asked, generation.fresh = 0, 0, False
+        generation.first, generation.tokens = saved.position + 1 + len(request.prompt), []
+        consumed = (saved.tokens[-1], *request.prompt)
+        last = saved.position + len(request.prompt)
+        if generation.open_requests:
+            self._deliberation.await_plans(generation, last)
+        foreseen = (*saved.plans, *self._deliberation.waiting(generation))
+        if any(plan.target == last for plan in foreseen):
+            generation.first, generation.tokens = saved.position, list(consumed)
+            consumed = consumed[:-1]
+        return Prompt(generation, consumed, state_without_write(saved))
+
+    def _resume(self, prompt: Prompt) -> None:
+        """Puts a saved generation back into the batch, in the middle of its turn."""
+        generation = prompt.generation
+        saved = generation.request.start
+        assert saved is not None
+        self._take_slot(generation)
+        self._slots.restore(generation.slot, *unpack(saved))
+        generation.said_at = self._clock()
+        if generation.request.pace is not None:
+            generation.tick = first_beat(self._clock() - self._began, generation.request.pace)
+        self._active.append(generation)
+
+    def _park(self, generation: Generation, state: ModelState, hidden_1LD: Tensor, steering: Steering | None) -> None:
+        """Keeps a generation whose turn is over until its next turn, or until there are too many."""
+        self._deliberation.end(generation)
+        self._forget_old()
+        while self._parked and len(self._parked) >= self.config.max_parked:
+            self.forget(next(iter(self._parked)))
+        if not self.config.max_parked:
+            self._end(generation)
             return
-        assert self._running is not None
-        running, model = self._running, self._world_model
-        rows = [row for row, generation in enumerate(self._active) if self._wants_plan(generation)]
-        if not rows:
-            return
-        index = torch.tensor(rows)
-        hidden_BLD = running.hidden_BLD[index].float().numpy()
-        ssm_BLHPN = torch.stack([running.state.layers[i].ssm_BHPN[index] for i in model.read_layers], dim=1).numpy()
-        conv_BLCK = (
-            torch.stack([layer.conv_BCK[index] for layer in running.state.layers], dim=1).float().numpy()
-            if model.needs_conv
-            else None
+        saved = self._saved(generation, state, hidden_1LD, steering)
+        generation.tokens, generation.first = generation.tokens[-1:], generation.position
+        self._parked[generation.id] = _Parked(generation, saved, self._clock())
+
+    def _forget_old(self) -> None:
+        oldest = self._clock() - self.config.park_seconds
+        for name in [name for name, parked in self._parked.items() if parked.since < oldest]:
+            self.forget(name)
+
+    def _think_between_turns(self) -> None:
+        self._forget_old()
+        for parked in self._parked.values():
+            self._deliberation.foresee(parked.generation, parked.saved, parked.foresight)
+        if not self._active:
+            self._deliberation.receive(())
+
+    def _saved(
+        self, generation: Generation, state: ModelState, hidden_1LD: Tensor, steering: Steering | None
+    ) -> SavedGeneration:
+        request, checkpoint = generation.request, self.checkpoint
+        return SavedGeneration(
+            generation_id=generation.id,
+            model_version=checkpoint.model_version,
+            weights_hash=checkpoint.weights_hash,
+            position=generation.position,
+            tokens=tuple(generation.tokens),
+            generated=generation.generated,
+            finished=self._finish_reason(generation) is not None,
+            sampling=request.sampling,
+            deliberation=request.deliberation,
+            simulations=request.simulations,
+            pace=request.pace,
+            plans_asked=generation.plans_asked,
+            random_state=dict(generation.rng.bit_generator.state),
+            plans=self._deliberation.waiting(generation),
+            **pack(state, hidden_1LD, steering),
         )
-        now = self._clock()
-        requests = []
-        for place, row in enumerate(rows):
-            generation = self._active[row]
-            settings = generation.request.deliberation
-            deadline = None
-            if self.config.clock == "wall" and self.config.pace is not None:
-                # The known token is consumed one pace from now, the target `lag` paces later.
-                deadline = now + (1 + settings.lag) / self.config.pace
-            requests.append(
-                PlanRequest(
-                    request_id=next(_REQUEST_IDS),
-                    generation_id=generation.id,
-                    position=generation.position,
-                    target=generation.position + settings.lag,
-                    token=generation.tokens[-1],
-                    hidden_LD=hidden_BLD[place],
-                    ssm_LHPN=ssm_BLHPN[place],
-                    conv_LCK=None if conv_BLCK is None else conv_BLCK[place],
-                    simulations=generation.request.simulations,
-                    hypotheses=settings.hypotheses,
-                    deadline=deadline,
-                    seed=generation.request.sampling.seed,
-                    model_version=self.checkpoint.model_version,
-                )
+
+    def _check(self, request: GenerationRequest) -> None:
+        vocab, saved = self._model.config.model.backbone.vocab_size, request.start
+        goes_on = request.generation_id in self._parked
+        if not request.prompt and (saved is None or saved.finished):
+            raise ValueError("prompt is empty; allowed: at least one token")
+        for name, tokens in (("prompt", request.prompt), ("forced", request.forced)):
+            if bad := [token for token in tokens if not 0 <= token < vocab]:
+                raise ValueError(f"{name} holds token {bad[0]}; allowed: 0 to {vocab - 1}")
+        if request.pace is not None and not request.pace > 0:
+            raise ValueError(f"pace = {request.pace}; allowed: above 0, or None")
+        if saved is not None and goes_on:
+            raise ValueError(
+                f"generation_id = {request.generation_id!r} is parked and start is set; allowed: one of them"
             )
-            generation.plans_asked += 1
-        for request in requests:
-            self._open[request.request_id] = replace(request, hidden_LD=_NOTHING, ssm_LHPN=_NOTHING, conv_LCK=None)
-            self.metrics.requests += 1
-            self.metrics.request_bytes += request.num_bytes
-            if self._log:
-                self._log.request(request)
-        self._planners.submit(requests)
-
-    def _wants_plan(self, generation: _Generation) -> bool:
-        settings = generation.request.deliberation
-        if settings.max_plans is not None and generation.plans_asked >= settings.max_plans:
-            return False
-        if (len(generation.tokens) - 1) % settings.plan_every:
-            return False
-        # A plan whose first effect would come after the last token is for nobody.
-        return len(generation.tokens) + settings.lag < generation.request.sampling.max_tokens
-
-    def _receive(self) -> None:
-        if self._planners is None:
-            return
-        if self.config.clock == "wall":
-            self._accept(self._planners.poll())
-            return
-        now = {generation.id: generation.position for generation in self._active}
-        arrived = {plan.request_id for plan in self._early}
-        due = [
-            request.request_id
-            for request in self._open.values()
-            if request.target <= now.get(request.generation_id, -1) and request.request_id not in arrived
-        ]
-        if due:
-            self._accept(self._planners.wait(due))
-        early, self._early = self._early, []
-        for plan in early:
-            if plan.target <= now.get(plan.generation_id, -1):
-                self._buffer.put(plan)
-            else:
-                self._early.append(plan)
-
-    def _accept(self, arrivals: Arrivals) -> None:
-        """Checks what came from the planners; keeps what may still be used."""
-        sizes, rank = self._model.config.model.backbone, self._model.config.model.writer.rank
-        for lost in arrivals.lost:
-            self._refuse(lost.request_id, Reason.LOST)
-        for shed in arrivals.shed:
-            self._refuse(shed.request_id, Reason.SHED)
-        for plan in arrivals.plans:
-            request = self._open.get(plan.request_id)
-            if request is None:
-                continue  # settled already: its generation ended, or a duplicate
-            self.metrics.plan_arrived(plan)
-            foreign = (plan.generation_id, plan.position, plan.target) != (
-                request.generation_id,
-                request.position,
-                request.target,
-            )
-            if foreign or check_plan(plan, sizes, rank) is not None:
-                self._refuse(plan.request_id, Reason.MALFORMED)
-            elif plan.model_version != self.checkpoint.model_version:
-                self._refuse(plan.request_id, Reason.OLD_VERSION)
-            elif self.config.clock == "virtual":
-                self._early.append(plan)
-            else:
-                self._buffer.put(plan)
-
-    def _due(self) -> dict[int, Injection]:
-        """The injections of this step, by row."""
-        injections = {}
-        for row, generation in enumerate(self._active):
-            settings = generation.request.deliberation
-            if self._source is not None:
-                injection = self._source(generation.id, generation.position)
-            else:
-                injection = self._take(generation, settings)
-            if injection is not None:
-                injections[row] = injection
-                self.metrics.applied(injection)
-                if self._log:
-                    self._log.inject(injection)
-        return injections
-
-    def _take(self, generation: _Generation, settings: DeliberationConfig) -> Injection | None:
-        due = self._buffer.take(
-            generation.id, generation.position, generation.tokens, generation.first, settings.max_lag
-        )
-        for plan, reason in due.outcomes:
-            self._settle(plan.request_id, reason)
-        if due.plan is None:
-            return None
-        injection = as_injection(due.plan, generation.position, settings)
-        # A rate of 0, a late plan on the policy channel, a channel that is off: nothing would be applied.
-        return injection if any(injection.alpha_L) or injection.policy_weight > 0 else None
-
-    def _refuse(self, request_id: int, reason: Reason) -> None:
-        """Settles a request of which nothing will be used, not even plans that are waiting already."""
-        request = self._open.get(request_id)
-        if request is not None:
-            self._buffer.drop(request.generation_id, request.target, request_id)
-            self._early = [plan for plan in self._early if plan.request_id != request_id]
-            self._settle(request_id, reason)
-
-    def _settle(self, request_id: int, reason: Reason) -> None:
-        settled = self._open.pop(request_id, None)
-        if settled is None:
-            return
-        self.metrics.outcomes[reason] += 1
-        if self._log and reason not in (Reason.ON_TIME, Reason.LATE):
-            self._log.reject(settled.generation_id, request_id, settled.target, reason)
-
-
-def as_injection(plan: Plan, position: int, settings: DeliberationConfig) -> Injection:
-    """How a plan is applied at ``position``: α per layer, and the weight of its policy.
-
-    ``α = injection_rate · confidence · late_decay^late``. The visit distribution speaks of the token right after the
-    target, so a late plan moves the state only.
-    """
-    late = position - plan.target
-    state = settings.channel in (Channel.STATE, Channel.BOTH)
-    policy = settings.channel in (Channel.POLICY, Channel.BOTH) and late == 0
-    rate = settings.injection_rate * settings.late_decay**late if state else 0.0
-    return Injection(
-        plan,
-        position,
-        tuple(rate * float(confidence) for confidence in plan.confidence_L),
-        float(plan.confidence_L.mean()) if policy else 0.0,
-    )
+        if not goes_on and request.generation_id in self._generations:
+            raise ValueError(f"generation_id = {request.generation_id!r} is in use; allowed: a fresh one")
+        if saved is not None:
+            check_saved(saved, self.checkpoint)

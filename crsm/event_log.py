@@ -63,10 +63,14 @@ class EventLog:
         deliberation: DeliberationConfig,
         model_version: int,
         model_hash: str,
+        *,
+        fresh: bool = True,
     ) -> None:
+        """``fresh``: from the beginning, not from a state that no log holds."""
         self._write(
             "start",
             format=FORMAT,
+            fresh=fresh,
             generation=generation_id,
             prompt=list(prompt),
             sampling=sampling.model_dump(mode="json"),
@@ -168,6 +172,8 @@ def _apply(event: dict[str, Any], generations: dict[str, LoggedGeneration]) -> N
     if kind == "start":
         if event["format"] != FORMAT:
             raise ValueError(f"format = {event['format']}; allowed: {FORMAT}")
+        if not event.get("fresh", True):
+            raise ValueError(f"generation {name!r} goes on from a saved state, which a log does not hold")
         generations[name] = LoggedGeneration(
             name,
             tuple(event["prompt"]),

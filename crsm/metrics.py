@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from crsm.delta_buffer import Fault
+from crsm.latency import Histogram
 from crsm.types import Injection, Plan, Reason
 
 
@@ -22,6 +24,14 @@ class PlanMetrics:
     planner_seconds: float = 0.0
     request_bytes: int = 0
     plan_bytes: int = 0
+    faults: Counter[Fault] = field(default_factory=Counter)
+    """Plans that were refused, or had nobody to go to, by what was wrong with them."""
+    futures: Counter[int] = field(default_factory=Counter)
+    """Which of a request's hypotheses came true, 0 the likeliest: how many of them are worth their search."""
+    deliberation_seconds: float = 0.0
+    """Time that the decode loop spent on requests and plans."""
+    token_seconds: Histogram = field(default_factory=Histogram)
+    """From one token of a generation to its next."""
 
     def plan_arrived(self, plan: Plan) -> None:
         self.simulations += plan.simulations
@@ -53,4 +63,8 @@ class PlanMetrics:
             "planner_seconds": self.planner_seconds,
             "request_bytes": self.request_bytes,
             "plan_bytes": self.plan_bytes,
+            "faults": {fault.value: self.faults[fault] for fault in Fault if self.faults[fault]},
+            "futures": {str(rank): count for rank, count in sorted(self.futures.items())},
+            "deliberation_seconds": self.deliberation_seconds,
+            "token_seconds": self.token_seconds.summary(),
         }

@@ -230,8 +230,7 @@ class Injection:
     """Weight of the visit distribution in the next logits (channels ``policy`` and ``both``)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One generated token, as it is streamed."""
 
     generation_id: str

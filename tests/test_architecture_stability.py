@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from crsm.config import DeliberationConfig, SamplingConfig
-from crsm.engine import Engine, GenerationRequest
+from crsm.engine import Engine
+from crsm.generation import GenerationRequest
 from crsm.injection import inject
 from crsm.planners import InlinePlanners
 from crsm.reasoning import Deliberator

@@ -10,7 +10,8 @@ import torch
 from crsm import native
 from crsm.config import EngineConfig, SamplingConfig, load_config
 from crsm.decoding import TorchDecoder, select_decoder
-from crsm.engine import Engine, GenerationRequest
+from crsm.engine import Engine
+from crsm.generation import GenerationRequest
 from crsm.native.decoder import NativeDecoder
 from tests.fixtures import PROMPT, random_state, tiny_checkpoint
 

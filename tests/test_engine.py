@@ -17,8 +17,10 @@ from torch import Tensor
 
 from crsm.config import DeliberationConfig, EngineConfig, SamplingConfig
 from crsm.decoding import select_decoder
-from crsm.engine import Engine, GenerationRequest, InjectionSource, as_injection
+from crsm.deliberation import as_injection
+from crsm.engine import Engine, InjectionSource
 from crsm.event_log import EventLog, LoggedGeneration, read_log
+from crsm.generation import GenerationRequest
 from crsm.injection import inject, outer_write, withdraw
 from crsm.latent_dynamics import ExactDynamics
 from crsm.model import Checkpoint

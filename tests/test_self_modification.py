@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from crsm.config import DeliberationConfig, SamplingConfig
-from crsm.engine import Engine, GenerationRequest
+from crsm.engine import Engine
+from crsm.generation import GenerationRequest
 from crsm.types import Plan, PlanRequest, Token
 from tests.fixtures import FakePlanners
 from tests.recall import END, KEYS, QUERY, plan_towards, states_before_the_query, texts, trained, with_keys

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from crsm.delta_buffer import check_plan
+from crsm.delta_buffer import Fault, check_plan
 from crsm.engine import Engine
 from crsm.event_log import EventLog, read_log
 from crsm.reasoning import Deliberator
@@ -118,7 +118,8 @@ def test_infinity_is_found_in_a_bf16_request_and_in_a_bf16_plan() -> None:
     sizes = checkpoint.config.model.backbone
     assert check_plan(dataclasses.replace(plan, write_u_LRE=write), sizes, 1) is None
     write[0, 0, 0] = 0xFFC0
-    assert check_plan(dataclasses.replace(plan, write_u_LRE=write), sizes, 1) == "write_u_LRE holds NaN or infinity"
+    malformed = check_plan(dataclasses.replace(plan, write_u_LRE=write), sizes, 1)
+    assert malformed == (Fault.NOT_FINITE, "write_u_LRE holds NaN or infinity")
     values = np.zeros(sizes.n_layer, np.uint16)
     assert "confidence_L is uint16" in str(check_plan(dataclasses.replace(plan, confidence_L=values), sizes, 1))
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from crsm.config import DeliberationConfig, EngineConfig, PathStarConfig, TreePathConfig
 from crsm.data.sequences import encode_prompt
-from crsm.engine import Engine, GenerationRequest
+from crsm.engine import Engine
 from crsm.evaluation.figures import (
     Accuracies,
     GraphExample,
@@ -31,6 +31,7 @@ from crsm.evaluation.figures import (
 from crsm.evaluation.lent_planners import LentPlanners
 from crsm.evaluation.solving import Answer, Run, solve
 from crsm.evaluation.statistics import mcnemar, wilson_interval
+from crsm.generation import GenerationRequest
 from crsm.model import Checkpoint
 from crsm.planners import Arrivals, Planners
 from crsm.tasks import build_task

@@ -10,7 +10,8 @@ import numpy as np
 
 from crsm.config import DeliberationConfig, EngineConfig, SamplingConfig
 from crsm.data.sequences import encode_prompt
-from crsm.engine import Engine, GenerationRequest, InjectionSource
+from crsm.engine import Engine, InjectionSource
+from crsm.generation import GenerationRequest
 from crsm.latent_dynamics import WorldModel
 from crsm.metrics import PlanMetrics
 from crsm.model import Checkpoint

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crsm.config import DeliberationConfig, EngineConfig
 from crsm.data.sequences import encode_answer, encode_prompt
-from crsm.engine import as_injection
+from crsm.deliberation import as_injection
 from crsm.evaluation.recording_planners import RecordingPlanners
 from crsm.evaluation.solving import solve
 from crsm.injection import head_norms, inject, outer_write

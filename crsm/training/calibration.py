@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from crsm.config import DeliberationConfig, EngineConfig, SamplingConfig
-from crsm.engine import Engine, GenerationRequest
+from crsm.engine import Engine
 from crsm.evaluation.recording_planners import RecordingPlanners
 from crsm.evaluation.solving import Run, solve
 from crsm.evaluation.statistics import expected_calibration_error, roc_auc
+from crsm.generation import GenerationRequest
 from crsm.model import Checkpoint
 from crsm.planners import InlinePlanners
 from crsm.reasoning import Deliberator

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from actors.planner import PlannerActor
 from crsm.config import DeliberationConfig, EngineConfig, SamplingConfig
-from crsm.engine import Engine, GenerationRequest
+from crsm.engine import Engine
+from crsm.generation import GenerationRequest
 from crsm.model import Checkpoint
 from crsm.types import Plan, PlanRequest, Token
 from tests.fixtures import PROMPT, FakePlanners

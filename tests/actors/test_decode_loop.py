@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from actors.decode_loop import Closed, DecodeLoop, Message, Refused
-from crsm.engine import Engine, GenerationRequest
+from crsm.engine import Engine
+from crsm.generation import GenerationRequest
 from crsm.model import Checkpoint
 from crsm.planners import InlinePlanners, ThreadPlanners
 from crsm.reasoning import Deliberator
@@ -45,7 +46,7 @@ class Caller:
 
     def metrics(self) -> dict[str, Any]:
         answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self.loop.ask(answer.put)
+        self.loop.metrics(answer.put)
         return answer.get(timeout=60)
 
 

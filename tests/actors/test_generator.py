@@ -33,7 +33,7 @@ class Stream:
         self.references = generator.generate.remote(*arguments, **named)
 
     def __iter__(self) -> Iterator[Token]:
-        return (ray.get(reference) for reference in self.references)
+        return (token for reference in self.references for token in ray.get(reference))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 
 from crsm.config import DeliberationConfig, EngineConfig, SamplingConfig
 from crsm.data.sequences import encode_answer, encode_prompt
-from crsm.engine import Engine, GenerationRequest
+from crsm.engine import Engine
 from crsm.evaluation.comparison import CONTROLS, TIME_SHIFT, compare, untrained_world_model
 from crsm.evaluation.controls import (
     AlteredPlanners,
@@ -18,6 +18,7 @@ from crsm.evaluation.controls import (
     silent_tokens,
     time_shifted,
 )
+from crsm.generation import GenerationRequest
 from crsm.planners import InlinePlanners, ThreadPlanners
 from crsm.reasoning import Deliberator
 from crsm.tasks import build_task

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from crsm.config import EngineConfig, SamplingConfig
-from crsm.engine import Engine, GenerationRequest
+from crsm.engine import Engine
 from crsm.evaluation.sampled_answers import Sample, beam_search, best_of, majority, sample_answers
+from crsm.generation import GenerationRequest
 from tests.fixtures import PROMPT, tiny_checkpoint
 
 OTHER = (8, 7, 10, 25)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from crsm.config import DeliberationConfig, EngineConfig, SamplingConfig
-from crsm.engine import Engine, GenerationRequest
+from crsm.engine import Engine
 from crsm.evaluation.steering_audit import (
     Line,
     audit_writes,
@@ -17,6 +17,7 @@ from crsm.evaluation.steering_audit import (
     long_text,
     stability,
 )
+from crsm.generation import GenerationRequest
 from crsm.injection import inject, outer_write
 from crsm.tasks import build_task
 from crsm.tasks.base import problems

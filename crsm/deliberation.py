@@ -1,0 +1,429 @@
+"""The engine's dealings with its planners: what is asked, what comes back, what becomes of it.
+
+Invariants:
+
+* every request is settled with exactly one :class:`~crsm.types.Reason`, whatever arrives, twice or never;
+* a plan is checked before it may touch a state: form, generation, position, target and version are those asked for;
+* under the wall clock nothing here waits; under the virtual clock a plan counts as there exactly when its target has
+  come, and is waited for then;
+* planners without room are not asked: no snapshot is taken, and the refusal is counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from crsm.computation_value import ExpectedGate, value_of_computation
+from crsm.config import DeliberationConfig, EngineConfig
+from crsm.decoding import Decoder
+from crsm.delta_buffer import DeltaBuffer, Fault, check_plan
+from crsm.event_log import EventLog
+from crsm.generation import Generation, SavedGeneration
+from crsm.latent_dynamics import WorldModel
+from crsm.metrics import PlanMetrics
+from crsm.model import Checkpoint
+from crsm.pace import time_of
+from crsm.planners import Arrivals, Planners
+from crsm.slots import Slots
+from crsm.types import Channel, Injection, Plan, PlanRequest, Reason
+from crsm.wire import to_wire
+
+_REQUEST_IDS = itertools.count()
+"""Over all engines of the process: a plan left over from one can never be taken for an answer to another."""
+
+
+class _Asked(NamedTuple):
+    """What a plan must fit. Without the snapshot, which stalled planners would pile up here."""
+
+    generation: Generation
+    position: int
+    target: int
+
+
+@dataclass(slots=True)
+class Foresight:
+    """How far the thinking between two turns has come."""
+
+    next_lag: int = 1
+    """Tokens of the next turn that the next request assumes."""
+    spent: int = 0
+    """Simulations asked for."""
+
+
+class Deliberation:
+    """One engine's requests and plans."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        planners: Planners | None,
+        config: EngineConfig,
+        decoder: Decoder,
+        metrics: PlanMetrics,
+        *,
+        world_model: WorldModel | None = None,
+        event_log: EventLog | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            checkpoint: whose plans.
+            planners: who deliberates; None: nobody is asked.
+            config: the clock decides whether plans are waited for.
+            decoder: gives the logits behind the entropy that requests are ranked by.
+            metrics: counts everything.
+            world_model: the planners' (it says what a snapshot must hold); None: the one the checkpoint names.
+            event_log: where to write requests and rejections.
+            clock: seconds, for deadlines.
+        """
+        self._checkpoint, self._planners, self._config, self._decoder = checkpoint, planners, config, decoder
+        self._metrics, self._log, self._clock = metrics, event_log, clock
+        self._world_model = world_model or checkpoint.model.planning_model()
+        self._virtual = config.clock == "virtual"
+        sizes = checkpoint.model.config.model
+        self._sizes, self._rank = sizes.backbone, sizes.writer.rank
+        self._buffer = DeltaBuffer()
+        self._open: dict[int, _Asked] = {}
+        self._early: list[Plan] = []
+        """Virtual clock: plans that arrived before their time."""
+        self._expected_gate = ExpectedGate()
+        self._ids_from = self._newest_id = next(_REQUEST_IDS)
+        critic = checkpoint.model.critic
+        self._critic_LD = critic.weight_LD.detach().float().numpy()
+        self._critic_L = critic.bias_L.detach().float().numpy()
+
+    # ---------------------------------------------------------------- asking
+
+    def ask(
+        self, generations: Sequence[Generation], slots: Slots, began: float, seconds_per_token: float | None
+    ) -> None:
+        """Hands the snapshots of all generations that are due to the planners.
+
+        Args:
+            generations: those that are decoded.
+            slots: where their states lie.
+            began: the engine's beginning on its clock, from which beats count.
+            seconds_per_token: of a generation without a pace; None: not known yet.
+        """
+        if self._planners is None:
+            return
+        due = []
+        for generation in generations:
+            if generation.fresh:
+                generation.fresh = False
+                if wants_plan(generation):
+                    due.append(generation)
+        if not due:
+            return
+        room = self._planners.room()
+        if room is not None and room < len(due) and not (due := self._worthiest(due, room, slots)):
+            return
+        hidden_BLD, ssm_BLHPN, conv_BLCK = slots.read(
+            [generation.slot for generation in due], self._world_model.read_layers, self._world_model.needs_conv
+        )
+        value_B = self._values(due, hidden_BLD) if room is not None and len(generations) > 1 else None
+        wire = self._config.wire
+        hidden, ssm = to_wire(hidden_BLD, wire), to_wire(ssm_BLHPN, wire)
+        conv = None if conv_BLCK is None else to_wire(conv_BLCK, wire)
+        requests = []
+        for place, generation in enumerate(due):
+            lag = generation.request.deliberation.lag
+            deadline, expires = self._times(generation, began, seconds_per_token)
+            requests.append(
+                PlanRequest(
+                    request_id=next(_REQUEST_IDS),
+                    generation_id=generation.id,
+                    position=generation.position,
+                    target=generation.position + lag,
+                    token=generation.tokens[-1],
+                    hidden_LD=hidden[place],
+                    ssm_LHPN=ssm[place],
+                    conv_LCK=None if conv is None else conv[place],
+                    simulations=generation.request.simulations,
+                    hypotheses=generation.request.deliberation.hypotheses,
+                    deadline=deadline,
+                    expires=expires,
+                    value=0.0 if value_B is None else float(value_B[place]),
+                    seed=generation.request.sampling.seed,
+                    model_version=self._checkpoint.model_version,
+                )
+            )
+            generation.plans_asked += 1
+            self._take_note(requests[-1], generation)
+        self._planners.submit(requests)
+
+    def foresee(self, generation: Generation, saved: SavedGeneration, foresight: Foresight) -> None:
+        """Asks for plans that a next turn may need: one request per length of that turn, as many futures of it as the
+        settings' ``hypotheses``, within the pause's budget and never beyond the planners' room.
+
+        A plan fits if the turn's tokens come as one of the futures has them; it is then there for the turn's first
+        token already.
+        """
+        settings, cost = saved.deliberation, saved.simulations * saved.deliberation.hypotheses
+        requests: list[PlanRequest] = []
+        room = None if self._planners is None else self._planners.room()
+        while self.can_foresee(saved, foresight) and (room is None or len(requests) < room):
+            wire = self._config.wire
+            requests.append(
+                PlanRequest(
+                    request_id=next(_REQUEST_IDS),
+                    generation_id=generation.id,
+                    position=saved.position,
+                    target=saved.position + foresight.next_lag,
+                    token=saved.tokens[-1],
+                    hidden_LD=to_wire(saved.hidden_LD, wire),
+                    ssm_LHPN=to_wire(saved.ssm_LHPN[list(self._world_model.read_layers)], wire),
+                    conv_LCK=to_wire(saved.conv_LCK, wire) if self._world_model.needs_conv else None,
+                    simulations=saved.simulations,
+                    hypotheses=settings.hypotheses,
+                    seed=saved.sampling.seed,
+                    model_version=self._checkpoint.model_version,
+                )
+            )
+            foresight.next_lag += 1
+            foresight.spent += cost
+            self._take_note(requests[-1], generation)
+        if requests and self._planners is not None:
+            self._planners.submit(requests)
+
+    def can_foresee(self, saved: SavedGeneration, foresight: Foresight) -> bool:
+        """Whether a pause has budget and tokens left to think about."""
+        settings = saved.deliberation
+        cost = saved.simulations * settings.hypotheses
+        affordable = foresight.spent + cost <= settings.park_simulations
+        return self._planners is not None and affordable and foresight.next_lag <= settings.park_tokens
+
+    def _take_note(self, request: PlanRequest, generation: Generation) -> None:
+        self._newest_id = request.request_id
+        self._open[request.request_id] = _Asked(generation, request.position, request.target)
+        generation.open_requests.add(request.request_id)
+        self._metrics.requests += 1
+        self._metrics.request_bytes += request.num_bytes
+        if self._log:
+            self._log.request(request)
+
+    def _times(
+        self, generation: Generation, began: float, seconds_per_token: float | None
+    ) -> tuple[float | None, float | None]:
+        """When the target's token is consumed, and when a plan for it is worthless; None: no saying."""
+        if self._virtual:
+            return None, None
+        settings, pace = generation.request.deliberation, generation.request.pace
+        if pace is not None:
+            # The known token is consumed at the next beat, the target `lag` beats later.
+            target = generation.tick + 1 + settings.lag
+            return began + time_of(target, pace), began + time_of(target + settings.max_lag, pace)
+        if seconds_per_token is None:
+            return None, None
+        now = self._clock()
+        deadline = now + (1 + settings.lag) * seconds_per_token
+        return deadline, deadline + settings.max_lag * seconds_per_token
+
+    def _worthiest(self, due: list[Generation], room: int, slots: Slots) -> list[Generation]:
+        """Those for which there is room; the others are counted as declined."""
+        declined = len(due) - room
+        self._metrics.requests += declined
+        self._metrics.outcomes[Reason.DECLINED] += declined
+        if room == 0:
+            return []
+        hidden_BLD, _, _ = slots.read([generation.slot for generation in due], (), False)
+        order = np.argsort(-self._values(due, hidden_BLD), kind="stable")[:room]
+        return [due[place] for place in sorted(order.tolist())]
+
+    def _values(self, generations: Sequence[Generation], hidden_BLD: torch.Tensor) -> np.ndarray:
+        """What plans are expected to be worth to these generations."""
+        log_probs_BV = self._decoder.logits(hidden_BLD).log_softmax(dim=-1).numpy()
+        hidden = hidden_BLD.numpy()
+        scale_BL = 1 / np.sqrt((hidden * hidden).mean(axis=2) + 1e-5)
+        logits_BL = np.einsum("bld,ld->bl", hidden, self._critic_LD) * scale_BL + self._critic_L
+        gates_B = self._expected_gate.expected_all([generation.id for generation in generations])
+        return value_of_computation(log_probs_BV, 1 / (1 + np.exp(-logits_BL)), gates_B)
+
+    # ---------------------------------------------------------------- receiving
+
+    def receive(self, generations: Sequence[Generation]) -> None:
+        """Takes in what has arrived; under the virtual clock waits for the plans whose targets have come.
+
+        Args:
+            generations: those that are about to consume a token.
+        """
+        if self._planners is None:
+            return
+        if not self._virtual:
+            self._accept(self._planners.poll())
+            return
+        if self._open or self._early:
+            self._wait_until(
+                {generation.id: generation.position for generation in generations},
+                {request for generation in generations for request in generation.open_requests},
+            )
+
+    def await_plans(self, generation: Generation, position: int) -> None:
+        """Virtual clock: has the plans of one generation for targets up to ``position`` in the buffer."""
+        if self._planners is not None and self._virtual:
+            self._wait_until({generation.id: position}, generation.open_requests)
+
+    def await_all(self, generation: Generation) -> None:
+        """Virtual clock: has every open request of a generation answered, whatever its target."""
+        if self._planners is not None and self._virtual and generation.open_requests:
+            arrived = {plan.request_id for plan in self._early}
+            if missing := [request for request in sorted(generation.open_requests) if request not in arrived]:
+                self._accept(self._planners.wait(missing))
+
+    def _wait_until(self, positions: dict[str, int], requests: set[int]) -> None:
+        assert self._planners is not None
+        arrived = {plan.request_id for plan in self._early}
+        due = [
+            request
+            for request in sorted(requests)
+            if (asked := self._open[request]).target <= positions.get(asked.generation.id, -1)
+            and request not in arrived
+        ]
+        if due:
+            self._accept(self._planners.wait(due))
+        early, self._early = self._early, []
+        for plan in early:
+            if plan.target <= positions.get(plan.generation_id, -1):
+                self._buffer.put(plan)
+            else:
+                self._early.append(plan)
+
+    def _accept(self, arrivals: Arrivals) -> None:
+        """Checks what came from the planners; keeps what may still be used."""
+        for lost in arrivals.lost:
+            self._refuse(lost.request_id, Reason.LOST)
+        for shed in arrivals.shed:
+            self._refuse(shed.request_id, Reason.SHED)
+        for plan in arrivals.plans:
+            asked = self._open.get(plan.request_id)
+            if asked is None:
+                self._metrics.faults[self._stray(plan)] += 1
+                continue
+            self._metrics.plan_arrived(plan)
+            if (plan.generation_id, plan.position, plan.target) != (asked.generation.id, asked.position, asked.target):
+                self._fault(plan, Fault.GENERATION)
+            elif (malformed := check_plan(plan, self._sizes, self._rank)) is not None:
+                self._fault(plan, malformed.fault)
+            elif plan.model_version != self._checkpoint.model_version:
+                self._fault(plan, Fault.VERSION)
+            else:
+                self._expected_gate.observe(plan.generation_id, float(plan.confidence_L.mean()))
+                if self._virtual:
+                    self._early.append(plan)
+                else:
+                    self._buffer.put(plan)
+
+    def _stray(self, plan: Plan) -> Fault:
+        """A plan that nobody waits for: of a request that is settled, or of none that was ever made."""
+        made = isinstance(plan.request_id, int) and self._ids_from < plan.request_id <= self._newest_id
+        return Fault.DUPLICATE if made else Fault.UNKNOWN
+
+    def _fault(self, plan: Plan, fault: Fault) -> None:
+        self._metrics.faults[fault] += 1
+        self._refuse(plan.request_id, Reason.OLD_VERSION if fault is Fault.VERSION else Reason.MALFORMED)
+
+    # ---------------------------------------------------------------- plans that are due
+
+    def due(self, generation: Generation) -> Injection | None:
+        """What is to be applied before the generation's last token is consumed."""
+        settings = generation.request.deliberation
+        due = self._buffer.take(
+            generation.id, generation.position, generation.tokens, generation.first, settings.max_lag
+        )
+        for plan, reason in due.outcomes:
+            self._settle(plan.request_id, reason)
+        for rank in due.ranks:
+            self._metrics.futures[rank] += 1
+        if due.plan is None:
+            return None
+        injection = as_injection(due.plan, generation.position, settings)
+        # A rate of 0, a late plan on the policy channel, a channel that is off: nothing would be applied.
+        return injection if any(injection.alpha_L) or injection.policy_weight > 0 else None
+
+    def waits_for(self, generation: Generation, target: int) -> bool:
+        """Whether a plan for this target is in the buffer."""
+        return any(plan.target == target for plan in self._buffer.waiting(generation.id))
+
+    # ---------------------------------------------------------------- the ends of generations and of requests
+
+    def waiting(self, generation: Generation) -> tuple[Plan, ...]:
+        """The plans that have arrived for a generation and are not used yet."""
+        early = [plan for plan in self._early if plan.generation_id == generation.id]
+        return (*self._buffer.waiting(generation.id), *early)
+
+    def adopt(self, generation: Generation, plans: Sequence[Plan]) -> None:
+        """Takes over the plans of a saved generation as if they had been asked for and had arrived here."""
+        new_ids: dict[int, int] = {}
+        for plan in plans:
+            if plan.request_id not in new_ids:  # the futures of one request stay together
+                self._newest_id = new_ids[plan.request_id] = next(_REQUEST_IDS)
+                self._open[self._newest_id] = _Asked(generation, plan.position, plan.target)
+                generation.open_requests.add(self._newest_id)
+                self._metrics.requests += 1
+            adopted = replace(plan, request_id=new_ids[plan.request_id], generation_id=generation.id)
+            if self._virtual:
+                self._early.append(adopted)
+            else:
+                self._buffer.put(adopted)
+
+    def end(self, generation: Generation) -> None:
+        """Settles every open request of a generation that is over."""
+        self._buffer.end(generation.id)
+        if self._early:
+            self._early = [plan for plan in self._early if plan.generation_id != generation.id]
+        for request_id in sorted(generation.open_requests):
+            self._settle(request_id, Reason.ENDED)
+        self._expected_gate.end(generation.id)
+
+    def _refuse(self, request_id: int, reason: Reason) -> None:
+        """Settles a request of which nothing will be used, not even plans that are waiting already."""
+        asked = self._open.get(request_id)
+        if asked is not None:
+            self._buffer.drop(asked.generation.id, asked.target, request_id)
+            self._early = [plan for plan in self._early if plan.request_id != request_id]
+            self._settle(request_id, reason)
+
+    def _settle(self, request_id: int, reason: Reason) -> None:
+        asked = self._open.pop(request_id, None)
+        if asked is None:
+            return
+        asked.generation.open_requests.discard(request_id)
+        self._metrics.outcomes[reason] += 1
+        if self._log and reason not in (Reason.ON_TIME, Reason.LATE):
+            self._log.reject(asked.generation.id, request_id, asked.target, reason)
+
+
+def wants_plan(generation: Generation) -> bool:
+    """Whether a plan is to be asked for after a generation's last token."""
+    settings = generation.request.deliberation
+    if settings.max_plans is not None and generation.plans_asked >= settings.max_plans:
+        return False
+    if generation.generated < 1 or (generation.generated - 1) % settings.plan_every:
+        return False
+    # A plan whose first effect would come after the last token is for nobody.
+    return generation.generated + settings.lag < generation.request.sampling.max_tokens
+
+
+def as_injection(plan: Plan, position: int, settings: DeliberationConfig) -> Injection:
+    """How a plan is applied at ``position``: α per layer, and the weight of its policy.
+
+    ``α = injection_rate · confidence · late_decay^late``. The visit distribution speaks of the token right after the
+    target, so a late plan moves the state only.
+    """
+    late = position - plan.target
+    state = settings.channel in (Channel.STATE, Channel.BOTH)
+    policy = settings.channel in (Channel.POLICY, Channel.BOTH) and late == 0
+    rate = settings.injection_rate * settings.late_decay**late if state else 0.0
+    return Injection(
+        plan,
+        position,
+        tuple(rate * confidence for confidence in plan.confidence_L.tolist()),
+        float(plan.confidence_L.mean()) if policy else 0.0,
+    )
