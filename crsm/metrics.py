@@ -52,6 +52,7 @@ class PlanMetrics:
         return hits / settled if settled else 0.0
 
     def summary(self) -> dict[str, Any]:
+        """Plain data; whatever depends on how fast the machine is stands under ``times``, in seconds."""
         return {
             "requests": self.requests,
             "tokens": self.tokens,
@@ -60,11 +61,13 @@ class PlanMetrics:
             "injections": self.injections,
             "injections_per_layer": {str(layer): n for layer, n in sorted(self.injections_per_layer.items())},
             "simulations": self.simulations,
-            "planner_seconds": self.planner_seconds,
             "request_bytes": self.request_bytes,
             "plan_bytes": self.plan_bytes,
             "faults": {fault.value: self.faults[fault] for fault in Fault if self.faults[fault]},
             "futures": {str(rank): count for rank, count in sorted(self.futures.items())},
-            "deliberation_seconds": self.deliberation_seconds,
-            "token_seconds": self.token_seconds.summary(),
+            "times": {
+                "planners": self.planner_seconds,
+                "deliberation": self.deliberation_seconds,
+                "token": self.token_seconds.summary(),
+            },
         }
