@@ -91,6 +91,8 @@ class Deliberation:
         self._sizes, self._rank = sizes.backbone, sizes.writer.rank
         self._buffer = DeltaBuffer()
         self._open: dict[int, _Asked] = {}
+        self._unanswered: set[int] = set()
+        """Those of them for which nothing has come back."""
         self._early: list[Plan] = []
         """Virtual clock: plans that arrived before their time."""
         self._expected_gate = ExpectedGate()
@@ -193,6 +195,10 @@ class Deliberation:
         if requests and self._planners is not None:
             self._planners.submit(requests)
 
+    def is_unanswered(self, generation: Generation) -> bool:
+        """Whether something that was asked for a generation may come back by itself: the virtual clock waits for it."""
+        return not self._virtual and not self._unanswered.isdisjoint(generation.open_requests)
+
     def can_foresee(self, saved: SavedGeneration, foresight: Foresight) -> bool:
         """Whether a pause has budget and tokens left to think about."""
         settings = saved.deliberation
@@ -203,6 +209,7 @@ class Deliberation:
     def _take_note(self, request: PlanRequest, generation: Generation) -> None:
         self._newest_id = request.request_id
         self._open[request.request_id] = _Asked(generation, request.position, request.target)
+        self._unanswered.add(request.request_id)
         generation.open_requests.add(request.request_id)
         self._metrics.requests += 1
         self._metrics.request_bytes += request.num_bytes
@@ -273,18 +280,15 @@ class Deliberation:
     def await_all(self, generation: Generation) -> None:
         """Virtual clock: has every open request of a generation answered, whatever its target."""
         if self._planners is not None and self._virtual and generation.open_requests:
-            arrived = {plan.request_id for plan in self._early}
-            if missing := [request for request in sorted(generation.open_requests) if request not in arrived]:
+            if missing := sorted(generation.open_requests & self._unanswered):
                 self._accept(self._planners.wait(missing))
 
     def _wait_until(self, positions: dict[str, int], requests: set[int]) -> None:
         assert self._planners is not None
-        arrived = {plan.request_id for plan in self._early}
         due = [
             request
-            for request in sorted(requests)
+            for request in sorted(requests & self._unanswered)
             if (asked := self._open[request]).target <= positions.get(asked.generation.id, -1)
-            and request not in arrived
         ]
         if due:
             self._accept(self._planners.wait(due))
@@ -306,6 +310,7 @@ class Deliberation:
             if asked is None:
                 self._metrics.faults[self._stray(plan)] += 1
                 continue
+            self._unanswered.discard(plan.request_id)
             self._metrics.plan_arrived(plan)
             if (plan.generation_id, plan.position, plan.target) != (asked.generation.id, asked.position, asked.target):
                 self._fault(plan, Fault.GENERATION)
@@ -346,10 +351,6 @@ class Deliberation:
         injection = as_injection(due.plan, generation.position, settings)
         # A rate of 0, a late plan on the policy channel, a channel that is off: nothing would be applied.
         return injection if any(injection.alpha_L) or injection.policy_weight > 0 else None
-
-    def waits_for(self, generation: Generation, target: int) -> bool:
-        """Whether a plan for this target is in the buffer."""
-        return any(plan.target == target for plan in self._buffer.waiting(generation.id))
 
     # ---------------------------------------------------------------- the ends of generations and of requests
 
@@ -394,6 +395,7 @@ class Deliberation:
         asked = self._open.pop(request_id, None)
         if asked is None:
             return
+        self._unanswered.discard(request_id)
         asked.generation.open_requests.discard(request_id)
         self._metrics.outcomes[reason] += 1
         if self._log and reason not in (Reason.ON_TIME, Reason.LATE):

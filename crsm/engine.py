@@ -222,7 +222,8 @@ class Engine:
     def thinking(self) -> bool:
         """Whether a parked generation still has something to ask or to receive."""
         return any(
-            entry.generation.open_requests or self._deliberation.can_foresee(entry.saved, entry.foresight)
+            self._deliberation.is_unanswered(entry.generation)
+            or self._deliberation.can_foresee(entry.saved, entry.foresight)
             for entry in self._parked.values()
         )
 

@@ -185,7 +185,9 @@ class TorchSlots(Slots):
 
         return (
             self._hidden_BLD[index].float().cpu(),
-            gathered([states[layer].ssm_BHPN for layer in layers]),
+            gathered([states[layer].ssm_BHPN for layer in layers])
+            if layers
+            else self._hidden_BLD.new_empty(len(slots), 0, *states[0].ssm_BHPN.shape[1:]),
             gathered([layer.conv_BCK for layer in states]) if conv else None,
         )
 

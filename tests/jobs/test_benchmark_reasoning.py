@@ -9,6 +9,7 @@ from crsm.config import dump_config
 from crsm.evaluation.comparison import CONTROLS
 from crsm.evaluation.lent_planners import LentPlanners
 from crsm.model import save_checkpoint
+from crsm.planners import Arrivals
 from jobs import benchmark_reasoning, verify_steering
 from jobs.benchmark_reasoning import parse_lags
 from jobs.checkpoints import load_with_settings, merge_settings
@@ -218,6 +219,6 @@ def test_lent_planners_come_back_without_anything_under_way():
     assert len(lent.wait([1]).plans) == 1
     lent.close()
     assert inner.waits == [(1,), (0, 2, 3)]
-    assert inner.poll() == ([], [])
+    assert inner.poll() == Arrivals()
     lent.close()
     assert len(inner.waits) == 2
