@@ -1,4 +1,4 @@
-"""Generations that are put aside: saved, forked, moved, parked between turns. What follows is what would have followed."""
+"""Generations that are put aside, forked, moved, parked between turns: what follows is what would have followed."""
 
 from __future__ import annotations
 
@@ -309,5 +309,5 @@ def test_a_log_does_not_pretend_to_hold_a_state(tmp_path: Path) -> None:
     finish(engine)
     path = tmp_path / "log.jsonl"
     path.write_text(file.getvalue())
-    with pytest.raises(ValueError, match="line 1: .*goes on from a saved state"):
+    with pytest.raises(ValueError, match=r"line 1: .*goes on from a saved state"):
         read_log(path)
