@@ -219,6 +219,15 @@ class PlannerPool:
             missing -= arrived.request_ids
         return found
 
+    def take(self, timeout: float) -> Arrivals:
+        """What comes back next; nothing, if nothing does within ``timeout`` seconds."""
+        try:
+            found = self._mailbox.get(timeout=timeout)
+        except queue.Empty:
+            return Arrivals()
+        found.add(self.poll())
+        return found
+
     def close(self) -> None:
         self._inbox.put(_Close())
         self._thread.join()
