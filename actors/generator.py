@@ -8,7 +8,8 @@ Invariants:
   (:mod:`actors.streams`);
 * every stream ends: with a finished token, or with an error that names the generation;
 * a stream that is cancelled or dropped by Ray cancels its generation;
-* the planners belong to this actor: they end with it, by ``close`` or by its death.
+* the planners and their pool, in a process of its own, belong to this actor: they end with it, by ``close`` or by its
+  death.
 
 An async actor, not a threaded one: a stream that waits for its next token costs a coroutine instead of a thread, so
 that hundreds are cheap and none waits for a free thread; and cancelling a call reaches a coroutine where it waits.
@@ -28,7 +29,8 @@ import ray
 
 from actors.decode_loop import Closed, DecodeLoop, Refused
 from actors.planner import AS_TRAINED, PlannerActor, PlannerSettings
-from actors.pool import PlannerPool
+from actors.pool import PoolStats
+from actors.pool_actor import start_pool
 from actors.state_store import StateHandle, StateStore
 from actors.streams import Stream, Streams, ends
 from actors.weights import Weights, open_source, share
@@ -75,17 +77,22 @@ class GeneratorActor:
         """
         use_threads(threads)
         self._checkpoint = open_source(source)
-        self._pool = PlannerPool(
-            shared[0],
-            planners,
-            settings,
-            shed=engine.clock == "wall",
-            num_cpus=planner_cpus,
-            planner_class=planner_class,
+        self._pool = (
+            start_pool(
+                self._checkpoint,
+                planners,
+                settings,
+                shared=shared[0],
+                shed=engine.clock == "wall",
+                num_cpus=planner_cpus,
+                planner_class=planner_class,
+            )
+            if planners.count
+            else None
         )
         self._engine = Engine(
             self._checkpoint,
-            self._pool if planners.count else None,
+            self._pool,
             engine,
             world_model=settings.planning_model(self._checkpoint),
         )
@@ -237,22 +244,48 @@ class GeneratorActor:
         events = asyncio.get_running_loop()
         answer: asyncio.Future[dict[str, Any]] = events.create_future()
         self._decode.metrics(lambda summary: _call_soon(events, _resolve, answer, summary))
+        pool = self._pool
         return {
             **await answer,
             "streams": len(self._streams),
             "states": {"count": len(self._states), "bytes": self._states.num_bytes},
-            "pool": asdict(self._pool.stats()),
+            "pool": asdict(await asyncio.to_thread(pool.stats) if pool else PoolStats()),
+            "mailbox": pool.mailbox_stats() if pool else {},
         }
+
+    async def update_weights(self, source: str | Weights, shared: Sequence[Any]) -> int:
+        """Goes on with other weights of the same shapes, and so do the planners: plans of the old ones are refused.
+
+        Args:
+            source: as for the generator itself (:func:`actors.weights.share`).
+            shared: the same as the one element of a list.
+
+        Returns:
+            The version.
+
+        Raises:
+            ValueError: the model has other shapes or another vocabulary.
+        """
+        checkpoint = await asyncio.to_thread(open_source, source)
+        await self._question(lambda engine: engine.update_weights(checkpoint))
+        if self._pool is not None:
+            await asyncio.to_thread(self._pool.update_weights, shared[0])
+        return checkpoint.model_version
 
     async def ping(self) -> int:
         """The process id, once the actor is there."""
         return os.getpid()
 
+    async def wait_until_ready(self, timeout: float = 60.0) -> int:
+        """Waits until no planner is about to start; returns how many are ready."""
+        return await asyncio.to_thread(self._pool.wait_until_ready, timeout) if self._pool else 0
+
     async def close(self) -> None:
         """Ends every stream, the decode thread and the planners; returns when they have ended."""
         self._decode.stop()
         # The pool first: under the virtual clock the decode thread may be waiting for it.
-        await asyncio.to_thread(self._pool.close)
+        if self._pool is not None:
+            await asyncio.to_thread(self._pool.close)
         await asyncio.to_thread(self._decode.wait)
 
     async def _question(self, question: Callable[[Engine], Any]) -> Any:

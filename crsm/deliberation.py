@@ -83,7 +83,7 @@ class Deliberation:
             event_log: where to write requests and rejections.
             clock: seconds, for deadlines.
         """
-        self._checkpoint, self._planners, self._config, self._decoder = checkpoint, planners, config, decoder
+        self._planners, self._config, self._decoder = planners, config, decoder
         self._metrics, self._log, self._clock = metrics, event_log, clock
         self._world_model = world_model or checkpoint.model.planning_model()
         self._virtual = config.clock == "virtual"
@@ -97,7 +97,13 @@ class Deliberation:
         """Virtual clock: plans that arrived before their time."""
         self._expected_gate = ExpectedGate()
         self._ids_from = self._newest_id = next(_REQUEST_IDS)
+        self.renew(checkpoint)
+
+    def renew(self, checkpoint: Checkpoint) -> None:
+        """Takes notice of other weights: plans of another version are refused from now on."""
+        self._checkpoint = checkpoint
         critic = checkpoint.model.critic
+        # For ranking, a few numbers per generation: numpy takes a tenth of what the module's small tensors cost.
         self._critic_LD = critic.weight_LD.detach().float().numpy()
         self._critic_L = critic.bias_L.detach().float().numpy()
 

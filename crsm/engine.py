@@ -208,6 +208,28 @@ class Engine:
         self._deliberation.await_all(generation)
         return self._saved(generation, *self._slots.save(generation.slot))
 
+    def update_weights(self, checkpoint: Checkpoint) -> None:
+        """Goes on with other weights of the same shapes: the states stay, plans made with the old ones are refused.
+
+        Raises:
+            ValueError: another model or vocabulary.
+        """
+        mine = self.checkpoint
+        if checkpoint.model.config.model != mine.model.config.model:
+            raise ValueError("the weights belong to a model of other shapes; allowed: those of this engine's model")
+        if checkpoint.tokenizer.to_json() != mine.tokenizer.to_json():
+            raise ValueError("the weights belong to another vocabulary; allowed: this engine's")
+        # In place: decoder, slots and deliberation hold the model, and the decoder notices.
+        self._model.load_state_dict(checkpoint.model.state_dict())
+        self.checkpoint = replace(
+            mine,
+            trust_horizon=checkpoint.trust_horizon,
+            model_version=checkpoint.model_version,
+            weights_hash=checkpoint.weights_hash,
+            report=checkpoint.report,
+        )
+        self._deliberation.renew(self.checkpoint)
+
     @property
     def busy(self) -> bool:
         """Whether a step would say or read something, sooner or later."""
