@@ -215,6 +215,10 @@ private:
         step.ssm_out = to.ssm.data();
         step.hidden_BLD = checked<float>(hidden, "hidden_BLD", {step.batch, s.n_layer, s.d_model});
         step.decay_LBH = checked<float>(decay, "decay_LBH", {s.n_layer, step.batch, s.n_heads});
+        step.conv_stride = s.conv_channels() * (s.d_conv - 1);
+        step.ssm_stride = s.d_inner() * s.d_state;
+        step.hidden_stride = s.n_layer * s.d_model;
+        step.decay_stride = step.batch * s.n_heads;
         if (logits.has_value()) {
             require_head();
             step.logits_BV = checked<float>(*logits, "logits_BV", {step.batch, s.vocab_size});
