@@ -20,7 +20,10 @@ from torch import Tensor
 
 from crsm.config import BackboneConfig
 from crsm.decoding import Decoder
+from crsm.injection import LARGEST_WRITE
 from crsm.model import CRSM
+from crsm.native.decoder import NativeDecoder
+from crsm.native.slots import SlotMemory, Write
 from crsm.steering import NEVER, Steering, advance, steer
 from crsm.types import Injection, LayerState, ModelState
 
@@ -109,7 +112,9 @@ def make_slots(model: CRSM, decoder: Decoder, capacity: int) -> Slots:
     Raises:
         ValueError: ``capacity`` is below 1.
     """
-    return TorchSlots(model, decoder, capacity)
+    return (
+        NativeSlots(decoder, capacity) if isinstance(decoder, NativeDecoder) else TorchSlots(model, decoder, capacity)
+    )
 
 
 class TorchSlots(Slots):
@@ -269,6 +274,33 @@ class TorchSlots(Slots):
         )
 
 
+class NativeSlots(SlotMemory, Slots):
+    """The native core's, for its own decoder."""
+
+    def restore(self, slot: int, state: ModelState, hidden_1LD: Tensor, steering: Steering) -> None:
+        self.put_back(slot, state, hidden_1LD, steering.delta_LBHPN, steering.expires_B[0], steering.decays_WLBH)
+
+    def save(self, slot: int) -> tuple[ModelState, Tensor, Steering]:
+        state, hidden_1LD, delta_L1HPN, expires, decays_WL1H = self.take_out(slot)
+        decays = tuple(layers.unbind() for layers in decays_WL1H)
+        return state, hidden_1LD, Steering(delta_L1HPN.unbind(), (expires,), decays)
+
+    def steer(
+        self,
+        slots: Sequence[int],
+        injections: dict[int, Injection],
+        positions: Sequence[int],
+        tracked: Sequence[bool],
+    ) -> None:
+        writes: list[Write] = []
+        for index, injection in injections.items():
+            plan = injection.plan
+            late, expires = injection.position - plan.target, plan.target + max(1, len(plan.line))
+            u_LRE, b_LRN = _plain(plan.write_u_LRE), _plain(plan.write_b_LRN)
+            writes.append((index, u_LRE, b_LRN, injection.alpha_L, late, expires))
+        self.write(slots, positions, tracked, writes, LARGEST_WRITE)
+
+
 def _apart(state: ModelState) -> ModelState:
     """The same with memory of its own for every layer."""
     return ModelState(tuple(LayerState(layer.conv_BCK.clone(), layer.ssm_BHPN.clone()) for layer in state.layers))
@@ -290,3 +322,8 @@ def _float32(array: np.ndarray) -> np.ndarray:
     if array.dtype != np.uint16:
         return array
     return (array.astype(np.uint32) << 16).view(np.float32)
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """As the native core takes it: float32, or bf16 as uint16."""
+    return array if array.dtype.char in "fH" else array.astype(np.float32)

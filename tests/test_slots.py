@@ -33,6 +33,8 @@ class Values:
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder) -> None:
         self.checkpoint, self.decoder = checkpoint, decoder
         self.held: dict[int, tuple[ModelState, Tensor, Steering]] = {}
+        self.changed: set[int] = set()
+        """Slots whose SSM states the last steering changed."""
 
     def put(self, slots: Sequence[int], state: ModelState, hidden_BLD: Tensor) -> None:
         for row, slot in enumerate(slots):
@@ -42,7 +44,16 @@ class Values:
     def steer(
         self, slots: Sequence[int], injections: dict[int, Injection], positions: list[int], tracked: list[bool]
     ) -> None:
-        state, steering = steer(*self.batch(slots), injections, positions, tracked)
+        before, steering = self.batch(slots)
+        state, steering = steer(before, steering, injections, positions, tracked)
+        self.changed = {
+            slot
+            for row, slot in enumerate(slots)
+            if not all(
+                torch.equal(one.ssm_BHPN[row], other.ssm_BHPN[row])
+                for one, other in zip(before.layers, state.layers, strict=True)
+            )
+        }
         self.unbatch(slots, state, torch.cat([self.held[slot][1] for slot in slots]), steering)
 
     def step(self, token_B: Tensor, slots: Sequence[int], remember: int) -> Tensor:

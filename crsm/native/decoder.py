@@ -64,10 +64,11 @@ class NativeDecoder:
         has_head = hasattr(model, "lm_head")
         self._model = cast(Any, model)
         self._backbone = cast(Any, model.backbone if has_head else model)
-        self._threads = threads or 0
+        self.threads = threads or 0
+        """0: ``crsm.native``'s setting."""
         self.weights = weights
         sizes = self._backbone.config
-        self._layers, self._width, self._vocab = sizes.n_layer, sizes.d_model, sizes.vocab_size
+        self._layers, self._width, self.vocab_size = sizes.n_layer, sizes.d_model, sizes.vocab_size
         self._heads = sizes.n_heads
         self._core = require().Decoder(
             d_model=sizes.d_model,
@@ -101,29 +102,29 @@ class NativeDecoder:
         self._check()
         backbone = self._backbone
         with torch.no_grad():
-            self._core.load_embedding(_array(backbone.embedding.weight))
+            self._core.load_embedding(as_array(backbone.embedding.weight))
             for index, layer in enumerate(backbone.layers):
                 mixer = layer.mixer
                 self._core.load_layer(
                     index,
-                    _array(layer.norm.weight),
-                    _array(mixer.in_proj.weight),
-                    _array(mixer.conv1d.weight.squeeze(1)),
-                    _array(mixer.conv1d.bias),
-                    _array(mixer.dt_bias),
-                    _array(-mixer.A_log.exp()),
-                    _array(mixer.D),
-                    _array(mixer.norm.weight),
-                    _array(mixer.out_proj.weight),
-                    self._threads,
+                    as_array(layer.norm.weight),
+                    as_array(mixer.in_proj.weight),
+                    as_array(mixer.conv1d.weight.squeeze(1)),
+                    as_array(mixer.conv1d.bias),
+                    as_array(mixer.dt_bias),
+                    as_array(-mixer.A_log.exp()),
+                    as_array(mixer.D),
+                    as_array(mixer.norm.weight),
+                    as_array(mixer.out_proj.weight),
+                    self.threads,
                 )
             if self._has_head:
                 model = self._model
                 self._core.load_head(
-                    _array(model.fusion.weights_L),
-                    _array(backbone.norm_f.weight),
-                    _array(model.lm_head.weight),
-                    self._threads,
+                    as_array(model.fusion.weights_L),
+                    as_array(backbone.norm_f.weight),
+                    as_array(model.lm_head.weight),
+                    self.threads,
                 )
         self._packed = []
         for _, holder, key in self._places:
@@ -157,7 +158,7 @@ class NativeDecoder:
         """
         if not self._has_head:
             raise ValueError("the decoder was made of a backbone; allowed: logits of a model with its head")
-        logits_BV = torch.empty(token_B.shape[0] if token_B.ndim else 0, self._vocab)
+        logits_BV = torch.empty(token_B.shape[0] if token_B.ndim else 0, self.vocab_size)
         return logits_BV, self._step(token_B, state, donate, logits_BV)
 
     def greedy(self, token_B: Tensor, state: ModelState, count: int) -> tuple[Tensor, ModelState]:
@@ -173,15 +174,15 @@ class NativeDecoder:
             raise ValueError("the decoder was made of a backbone; allowed: logits of a model with its head")
         if count < 1:
             raise ValueError(f"count = {count}; allowed: at least 1")
-        self._renew()
+        self.renew()
         token, batch = self._tokens(token_B)
         memory = state.memory if isinstance(state, _HeldState) and state.core is self._core else None
         hidden = np.empty((batch, self._layers, self._width), np.float32)
         decay = np.empty((self._layers, batch, self._heads), np.float32)
-        logits, said = np.empty((batch, self._vocab), np.float32), np.empty((batch, count), np.int64)
+        logits, said = np.empty((batch, self.vocab_size), np.float32), np.empty((batch, count), np.int64)
         new, held = self._new_state(batch)
         memory = memory or self._memory(state, batch)
-        self._core.greedy(token, memory, new, hidden, decay, logits, said, self._threads)
+        self._core.greedy(token, memory, new, hidden, decay, logits, said, self.threads)
         return torch.from_numpy(said), held
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
@@ -192,19 +193,27 @@ class NativeDecoder:
         """
         if not self._has_head:
             raise ValueError("the decoder was made of a backbone; allowed: logits of a model with its head")
-        self._renew()
+        self.renew()
         if hidden_BLD.shape[1:] != (self._layers, self._width) or hidden_BLD.ndim != 3:
             raise ValueError(
                 f"hidden_BLD has shape {tuple(hidden_BLD.shape)}; allowed: (B, L, D) = "
                 f"(B, {self._layers}, {self._width})"
             )
         _check_tensor("hidden_BLD", hidden_BLD, torch.float32)
-        logits_BV = torch.empty(hidden_BLD.shape[0], self._vocab)
-        self._core.logits(_array(hidden_BLD), logits_BV.numpy(), self._threads)
+        logits_BV = torch.empty(hidden_BLD.shape[0], self.vocab_size)
+        self._core.logits(as_array(hidden_BLD), logits_BV.numpy(), self.threads)
         return logits_BV
 
+    def make_slots(self, capacity: int) -> Any:
+        """The core's memory for states that it steps and steers in place (:mod:`crsm.native.slots`).
+
+        Raises:
+            ValueError: ``capacity`` is below 1, or the decoder was made of a backbone alone.
+        """
+        return self._core.slots(capacity)
+
     def _step(self, token_B: Tensor, state: ModelState, donate: bool, logits_BV: Tensor | None) -> StepOutput:
-        self._renew()
+        self.renew()
         token, batch = self._tokens(token_B)
         hidden_BLD = torch.empty(batch, self._layers, self._width)
         decay_LBH = torch.empty(self._layers, batch, self._heads)
@@ -218,17 +227,17 @@ class NativeDecoder:
             else:
                 donate = False
         if donate:
-            self._core.step(token, memory, memory, *outputs, self._threads)
+            self._core.step(token, memory, memory, *outputs, self.threads)
             return StepOutput(hidden_BLD, state, decay_LBH.unbind())
         new, held = self._new_state(batch)
-        self._core.step(token, memory, new, *outputs, self._threads)
+        self._core.step(token, memory, new, *outputs, self.threads)
         return StepOutput(hidden_BLD, held, decay_LBH.unbind())
 
     def _tokens(self, token_B: Tensor) -> tuple[np.ndarray, int]:
         if token_B.ndim != 1 or len(token_B) < 1:
             raise ValueError(f"token_B has shape {tuple(token_B.shape)}; allowed: (B,) with B ≥ 1")
         _check_tensor("token_B", token_B, torch.int64)
-        return _array(token_B), len(token_B)
+        return as_array(token_B), len(token_B)
 
     def _new_state(self, batch: int) -> tuple[Any, _HeldState]:
         """Memory for a state that is yet to be written, as the core and as PyTorch see it."""
@@ -246,10 +255,11 @@ class NativeDecoder:
         if len(state.layers[0].conv_BCK) != batch:
             raise ValueError(f"state has {len(state.layers[0].conv_BCK)} sequences; allowed: {batch}, as token_B has")
         return self._core.state_of(
-            [_array(layer.conv_BCK) for layer in state.layers], [_array(layer.ssm_BHPN) for layer in state.layers]
+            [as_array(layer.conv_BCK) for layer in state.layers], [as_array(layer.ssm_BHPN) for layer in state.layers]
         )
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
+        """Packs the weights again if they have changed."""
         for holder, key, parameter, version, place in self._packed:
             # Replaced, written to, or given other memory.
             now = holder[key]
@@ -284,6 +294,6 @@ def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} is on device {tensor.device}; allowed: cpu")
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def as_array(tensor: Tensor) -> np.ndarray:
     """A contiguous view, or copy, as NumPy has it."""
     return tensor.detach().contiguous().numpy()

@@ -8,6 +8,7 @@
 
 #include "arrays.hpp"
 #include "bindings.hpp"
+#include "bound_slots.hpp"
 #include "decoder.hpp"
 
 namespace crsm {
@@ -187,6 +188,11 @@ public:
 
     int64_t bytes_of_weights() const { return decoder_->bytes_of_weights(); }
 
+    BoundSlots slots(int64_t capacity) const {
+        require_head();
+        return BoundSlots(decoder_, capacity);
+    }
+
 private:
     static size_t size(int64_t value) { return static_cast<size_t>(value); }
 
@@ -215,6 +221,10 @@ private:
         step.ssm_out = to.ssm.data();
         step.hidden_BLD = checked<float>(hidden, "hidden_BLD", {step.batch, s.n_layer, s.d_model});
         step.decay_LBH = checked<float>(decay, "decay_LBH", {s.n_layer, step.batch, s.n_heads});
+        step.conv_stride = s.conv_channels() * (s.d_conv - 1);
+        step.ssm_stride = s.d_inner() * s.d_state;
+        step.hidden_stride = s.n_layer * s.d_model;
+        step.decay_stride = step.batch * s.n_heads;
         if (logits.has_value()) {
             require_head();
             step.logits_BV = checked<float>(*logits, "logits_BV", {step.batch, s.vocab_size});
@@ -305,6 +315,7 @@ void bind_decode(nb::module_& m) {
         .def("greedy", &BoundDecoder::greedy, nb::arg("token"), nb::arg("from_state"), nb::arg("to_state"),
              nb::arg("hidden"), nb::arg("decay"), nb::arg("logits"), nb::arg("said"), nb::arg("threads") = 0)
         .def("logits", &BoundDecoder::logits, nb::arg("hidden"), nb::arg("logits"), nb::arg("threads") = 0)
+        .def("slots", &BoundDecoder::slots, nb::arg("capacity"), nb::keep_alive<0, 1>())
         .def_prop_ro("bytes_of_weights", &BoundDecoder::bytes_of_weights);
 }
 

@@ -13,5 +13,6 @@ void bind_memory_read(nanobind::module_& m);
 void bind_mixer(nanobind::module_& m);
 void bind_scan(nanobind::module_& m);
 void bind_search(nanobind::module_& m);
+void bind_slots(nanobind::module_& m);
 
 }  // namespace crsm

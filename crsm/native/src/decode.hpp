@@ -4,7 +4,7 @@
 // C = E + 2·N convolution channels, K convolution width, M = E + C + H columns of the input projection [z, x, B, C, dt],
 // J = ceil(D / kPanel) pieces of a residual row.
 //
-// A layer is three phases with a barrier after each; inside a phase all tasks are independent:
+// A layer is three phases; inside a phase all tasks are independent, and rows are in all of them:
 //   project_in    panels of the input projection, then for its own columns: silu(z), convolution and SiLU, dt
 //   update_state  (row, head): softplus, decay, h ← a·h + (dt·x) ⊗ B, y = h·C + D·x, gate; one pass over the state
 //   project_out   panels of the output projection, then for its own columns: residual, next norm's weight, fusion
@@ -59,12 +59,20 @@ struct DecodeModel {
 struct DecodeStep {
     int64_t batch = 0;
     const int64_t* token_B = nullptr;
-    const float* const* conv_in = nullptr;  // per layer (B, C, K-1), oldest first
+    // States, residual streams and differences of row r lie at place(r), in strides of their own.
+    int64_t first = 0;
+    const int64_t* place_B = nullptr;  // null: rows lie in order, from `first` on
+    int64_t conv_stride = 0, ssm_stride = 0, hidden_stride = 0;
+    bool taps_first = false;   // convolution states are (K-1, C), not (C, K-1)
+    bool past_caches = false;  // new states will not be read before the caches have turned over
+    const float* const* conv_in = nullptr;  // per layer (C, K-1), oldest first
     float* const* conv_out = nullptr;
-    const float* const* ssm_in = nullptr;  // per layer (B, H, P, N)
+    const float* const* ssm_in = nullptr;  // per layer (H, P, N)
     float* const* ssm_out = nullptr;
+    float* const* carried_BL = nullptr;  // (H, P, N) to be multiplied by the decays as well, or null; null: none at all
     float* hidden_BLD = nullptr;
     float* decay_LBH = nullptr;
+    int64_t decay_stride = 0;    // from a layer to the next
     float* logits_BV = nullptr;  // null: not wanted
 
     // Scratch.
@@ -73,7 +81,10 @@ struct DecodeStep {
     float* projected_BM = nullptr;  // z, x, B, C, dt
     float* gated_BE = nullptr;      // gated output · weight of its norm
     float* square_BH = nullptr;     // sums of squares of the gated output
+    float* out_BD = nullptr;        // the output projection
     float* mixed_BD = nullptr;      // fusion of the layers so far
+
+    int64_t place(int64_t row) const { return place_B != nullptr ? place_B[row] : first + row; }
 };
 
 struct DecodeTable {

@@ -73,7 +73,7 @@ inline float inverse_rms(const float* squares, int64_t count, int64_t width, flo
 inline const float* residual(const DecodeModel& model, const DecodeStep& step, int64_t layer, int64_t row) {
     const int64_t D = model.sizes.d_model;
     if (layer == 0) return model.embedding_VD + step.token_B[row] * D;
-    return step.hidden_BLD + (row * model.sizes.n_layer + layer - 1) * D;
+    return step.hidden_BLD + step.place(row) * step.hidden_stride + (layer - 1) * D;
 }
 
 void embed(const DecodeModel& model, const DecodeStep& step, const float* norm_D) {
@@ -101,8 +101,9 @@ inline void scale_silu(float* values, int64_t count, float scale) {
 }
 
 // Channels [begin, end) of one row: the window moves on by values · scale; values ← silu(convolution).
-inline void convolve(const DecodeSizes& sizes, const DecodeLayer& layer, float* values_C, const float* window_CK,
-                     float* new_window_CK, int64_t begin, int64_t end, float scale) {
+template <bool TAPS_FIRST>
+inline void convolve(const DecodeSizes& sizes, const DecodeLayer& layer, float* values_C, const float* window,
+                     float* new_window, int64_t begin, int64_t end, float scale) {
     const int64_t C = sizes.conv_channels(), taps = sizes.d_conv - 1;
     for (int64_t c = begin; c < end; c += kPanel) {
         const int64_t count = smaller(kPanel, end - c);
@@ -113,17 +114,25 @@ inline void convolve(const DecodeSizes& sizes, const DecodeLayer& layer, float* 
         }
         for (int64_t k = 0; k < taps; ++k) {
             const float* weight = layer.conv_weight_KC + k * C + c;
-            const float* window = window_CK + c * taps + k;
-            for (int64_t i = 0; i < count; ++i) sum[i] += weight[i] * window[i * taps];
+            const float* tap = TAPS_FIRST ? window + k * C + c : window + c * taps + k;
+            for (int64_t i = 0; i < count; ++i) sum[i] += weight[i] * tap[TAPS_FIRST ? i : i * taps];
         }
         const float* weight = layer.conv_weight_KC + taps * C + c;
         for (int64_t i = 0; i < count; ++i) values_C[c + i] = sum[i] + weight[i] * newest[i] + layer.conv_bias_C[c + i];
-        for (int64_t i = 0; i < count; ++i) {
-            // Ascending, so that the window may be moved in place.
-            const float* from = window_CK + (c + i) * taps;
-            float* to = new_window_CK + (c + i) * taps;
-            for (int64_t k = 0; k + 1 < taps; ++k) to[k] = from[k + 1];
-            to[taps - 1] = newest[i];
+        // Ascending, so that the window may be moved in place.
+        if (TAPS_FIRST) {
+            for (int64_t k = 0; k < taps; ++k) {
+                const float* from = k + 1 < taps ? window + (k + 1) * C + c : newest;
+                float* to = new_window + k * C + c;
+                for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+            }
+        } else {
+            for (int64_t i = 0; i < count; ++i) {
+                const float* from = window + (c + i) * taps;
+                float* to = new_window + (c + i) * taps;
+                for (int64_t k = 0; k + 1 < taps; ++k) to[k] = from[k + 1];
+                to[taps - 1] = newest[i];
+            }
         }
         scale_silu(values_C + c, count, 1.0f);
     }
@@ -133,7 +142,7 @@ void project_in(const DecodeModel& model, const DecodeLayer& weights, const Deco
                 int64_t begin, int64_t end) {
     const DecodeSizes& sizes = model.sizes;
     const int64_t D = sizes.d_model, E = sizes.d_inner(), C = sizes.conv_channels(), M = sizes.projected();
-    const int64_t J = sizes.pieces(), window = C * (sizes.d_conv - 1);
+    const int64_t J = sizes.pieces();
     gemm_table.gemm(weights.in_proj, step.batch, step.scaled_BD, D, 1, step.projected_BM, M, nullptr, false, begin, end);
     const int64_t first = begin * kPanel, last = smaller(end * kPanel, M);
     for (int64_t row = 0; row < step.batch; ++row) {
@@ -142,8 +151,10 @@ void project_in(const DecodeModel& model, const DecodeLayer& weights, const Deco
         if (first < E) scale_silu(values_M + first, smaller(last, E) - first, scale);
         const int64_t from = larger(first, E) - E, to = smaller(last, E + C) - E;
         if (from < to) {
-            convolve(sizes, weights, values_M + E, step.conv_in[layer] + row * window,
-                     step.conv_out[layer] + row * window, from, to, scale);
+            const int64_t window = step.place(row) * step.conv_stride;
+            const auto convolved = step.taps_first ? convolve<true> : convolve<false>;
+            convolved(sizes, weights, values_M + E, step.conv_in[layer] + window, step.conv_out[layer] + window, from,
+                      to, scale);
         }
         for (int64_t n = larger(first, E + C); n < last; ++n) values_M[n] *= scale;
     }
@@ -218,9 +229,6 @@ inline bool move_head_if(const float* h, float* to, bool past_caches, int64_t P,
 // As torch has it: x itself where exp(x) would swallow the 1.
 inline float softplus(float x) { return x > 20.0f ? x : __builtin_log1pf(__builtin_expf(x)); }
 
-// States of a batch beyond this do not stay in a cache from one token to the next.
-constexpr int64_t kCachedStates = int64_t{2} << 20;
-
 void update_state(const DecodeModel& model, const DecodeLayer& weights, const DecodeStep& step, int64_t layer,
                   int64_t begin, int64_t end) {
     const DecodeSizes& sizes = model.sizes;
@@ -228,8 +236,7 @@ void update_state(const DecodeModel& model, const DecodeLayer& weights, const De
     const int64_t C = sizes.conv_channels(), M = sizes.projected();
     const float* ssm_in = step.ssm_in[layer];
     float* ssm_out = step.ssm_out[layer];
-    const bool past_caches = ssm_in != ssm_out && sizes.n_layer * step.batch * H * P * N > kCachedStates &&
-                             reinterpret_cast<uintptr_t>(ssm_out) % kVectorBytes == 0;
+    const bool past_caches = step.past_caches && reinterpret_cast<uintptr_t>(ssm_out) % kVectorBytes == 0;
     for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t row = unit / H, head = unit % H;
         const float* projected_M = step.projected_BM + row * M;
@@ -237,9 +244,10 @@ void update_state(const DecodeModel& model, const DecodeLayer& weights, const De
         const float *B_N = projected_M + 2 * E, *C_N = B_N + N;
         const float dt = softplus(projected_M[E + C + head] + weights.dt_bias_H[head]);
         const float decay = __builtin_expf(dt * weights.A_H[head]);
-        step.decay_LBH[(layer * step.batch + row) * H + head] = decay;
-        const float *h = ssm_in + unit * P * N, *norm_P = weights.gated_norm_E + head * P;
-        float *to = ssm_out + unit * P * N, *gated_P = step.gated_BE + row * E + head * P;
+        step.decay_LBH[layer * step.decay_stride + row * H + head] = decay;
+        const int64_t place = step.place(row) * step.ssm_stride + head * P * N;
+        const float *h = ssm_in + place, *norm_P = weights.gated_norm_E + head * P;
+        float *to = ssm_out + place, *gated_P = step.gated_BE + row * E + head * P;
         float squares = 0;
         for (int64_t p = 0; p < P; p += kPanel) {
             const int64_t count = smaller(kPanel, P - p);
@@ -257,6 +265,11 @@ void update_state(const DecodeModel& model, const DecodeLayer& weights, const De
             squares += scale_piece(y, norm_P + p, gated_P + p, count);
         }
         step.square_BH[row * H + head] = squares;
+        if (step.carried_BL == nullptr) continue;
+        if (float* carried = step.carried_BL[row * sizes.n_layer + layer]) {
+            float* part = carried + head * P * N;
+            for (int64_t i = 0; i < P * N; ++i) part[i] *= decay;
+        }
     }
     if (past_caches) order_stores();
 }
@@ -265,15 +278,16 @@ void project_out(const DecodeModel& model, const DecodeLayer& weights, const Dec
                  const float* next_norm_D, int64_t begin, int64_t end) {
     const DecodeSizes& sizes = model.sizes;
     const int64_t D = sizes.d_model, E = sizes.d_inner(), H = sizes.n_heads, L = sizes.n_layer, J = sizes.pieces();
-    float* hidden_D = step.hidden_BLD + layer * D;
-    gemm_table.gemm(weights.out_proj, step.batch, step.gated_BE, E, 1, hidden_D, L * D, nullptr, false, begin, end);
+    gemm_table.gemm(weights.out_proj, step.batch, step.gated_BE, E, 1, step.out_BD, D, nullptr, false, begin, end);
     const bool last = layer + 1 == L;
-    for (int64_t row = 0; row < step.batch; ++row, hidden_D += L * D) {
+    for (int64_t row = 0; row < step.batch; ++row) {
+        const float* out_D = step.out_BD + row * D;
+        float* hidden_D = step.hidden_BLD + step.place(row) * step.hidden_stride + layer * D;
         const float scale = inverse_rms(step.square_BH + row * H, H, E, sizes.norm_eps);
         const float* before_D = residual(model, step, layer, row);
         for (int64_t j = begin; j < end; ++j) {
             const int64_t n = j * kPanel, count = smaller(kPanel, D - n);
-            for (int64_t i = n; i < n + count; ++i) hidden_D[i] = before_D[i] + scale * hidden_D[i];
+            for (int64_t i = n; i < n + count; ++i) hidden_D[i] = before_D[i] + scale * out_D[i];
             const float* read = hidden_D + n;
             if (step.logits_BV != nullptr) {
                 float* mixed = step.mixed_BD + row * D + n;
@@ -295,7 +309,7 @@ void mix(const DecodeModel& model, const DecodeStep& step) {
         for (int64_t j = 0; j < J; ++j) {
             const int64_t n = j * kPanel, count = smaller(kPanel, D - n);
             for (int64_t layer = 0; layer < L; ++layer) {
-                mix_piece(step.hidden_BLD + (row * L + layer) * D + n, model.head.fusion_L[layer], layer == 0,
+                mix_piece(step.hidden_BLD + step.place(row) * step.hidden_stride + layer * D + n, model.head.fusion_L[layer], layer == 0,
                           mixed_D + n, count);
             }
             step.square_BJ[row * J + j] =

@@ -1,5 +1,6 @@
 #include "decoder.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -14,6 +15,15 @@ namespace {
 // Under this many multiply-adds a step (about a millisecond of one core) the step is one thread's: a second one has to be
 // woken, and at three barriers a layer it costs more than it gains once another program wants its core.
 constexpr int64_t kWorthATeam = 60'000'000;
+
+// Weights of a layer up to this stay in a core's second-level cache while many rows pass by.
+constexpr int64_t kSmallLayer = int64_t{512} << 10;
+
+// Rows that pass through a layer together: whole tiles of the products of every instruction set.
+constexpr int64_t kChunk = 12;
+
+// States of a batch beyond this do not stay in a cache from one token to the next.
+constexpr int64_t kCachedStates = int64_t{2} << 20;
 
 constexpr size_t kLine = 64;
 
@@ -153,6 +163,7 @@ void Decoder::reserve(DecodeStep& step) {
         step.projected_BM = arena.take<float>(step.batch * sizes.projected());
         step.gated_BE = arena.take<float>(step.batch * sizes.d_inner());
         step.square_BH = arena.take<float>(step.batch * sizes.n_heads);
+        step.out_BD = arena.take<float>(step.batch * sizes.d_model);
         step.mixed_BD = arena.take<float>(step.batch * sizes.d_model);
         if (pass == 0 && arena.used() > scratch_.size()) scratch_ = Pages(arena.used());
     }
@@ -171,29 +182,102 @@ int Decoder::worthwhile(int64_t batch, bool layers, bool head, int threads) cons
     return work < kWorthATeam ? 1 : wanted;
 }
 
+bool Decoder::layers_are_small() const {
+    const PackedMatrix &in = layers_.front().in_proj, &out = layers_.front().out_proj;
+    const int64_t elements = packed_floats(in.rows_K, in.columns_N) + packed_floats(out.rows_K, out.columns_N);
+    return elements * bytes_of(in.type) <= kSmallLayer;
+}
+
+const float* Decoder::norm_after(int64_t layer, bool head) const {
+    if (layer + 1 < model_.sizes.n_layer) return layers_[static_cast<size_t>(layer) + 1].norm_D;
+    return head ? model_.head.norm_D : nullptr;
+}
+
 void Decoder::step(DecodeStep step, int threads) {
     const std::lock_guard<std::mutex> lock(busy_);
     if (step.batch < 1) return;
     reserve(step);
-    const DecodeTable& table = decode_table();
     const DecodeSizes& sizes = model_.sizes;
     const bool head = step.logits_BV != nullptr;
-    table.embed(model_, step, layers_.front().norm_D);
-    const int64_t phases = 3 * sizes.n_layer + 1;
-    if (phases_.size() < static_cast<size_t>(phases)) phases_ = std::vector<Phase>(static_cast<size_t>(phases));
-    for (Phase& phase : phases_) phase.next.store(0, std::memory_order_relaxed);
+    step.past_caches =
+        step.ssm_in[0] != step.ssm_out[0] && sizes.n_layer * step.batch * sizes.d_inner() * sizes.d_state > kCachedStates;
     int members = worthwhile(step.batch, true, head, threads);
     const bool chosen = members > 1;
     if (chosen) members = choice_.next(2 * step.batch + (head ? 1 : 0), members);
     const auto start = std::chrono::steady_clock::now();
+    if (layers_are_small()) {
+        step_by_rows(step, members);
+    } else {
+        step_by_panels(step, members);
+    }
+    if (chosen) {
+        choice_.took(members, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+}
+
+// A member takes rows through all layers: nobody waits for anybody, and what a row leaves between the phases stays near.
+void Decoder::step_by_rows(const DecodeStep& step, int members) {
+    const DecodeTable& table = decode_table();
+    const DecodeSizes& sizes = model_.sizes;
+    const bool head = step.logits_BV != nullptr;
+    const int64_t chunks = (step.batch + kChunk - 1) / kChunk;
+    const auto rows_of = [&](int64_t begin, int64_t end) {
+        DecodeStep part = step;
+        part.batch = end - begin;
+        part.token_B += begin;
+        part.first += begin;
+        if (part.place_B != nullptr) part.place_B += begin;
+        if (part.carried_BL != nullptr) part.carried_BL += begin * sizes.n_layer;
+        part.decay_LBH += begin * sizes.n_heads;
+        if (head) part.logits_BV += begin * sizes.vocab_size;
+        part.scaled_BD += begin * sizes.d_model;
+        part.square_BJ += begin * sizes.pieces();
+        part.projected_BM += begin * sizes.projected();
+        part.gated_BE += begin * sizes.d_inner();
+        part.square_BH += begin * sizes.n_heads;
+        part.out_BD += begin * sizes.d_model;
+        part.mixed_BD += begin * sizes.d_model;
+        return part;
+    };
+    std::atomic<int64_t> next{0};
+    parallel_team(members, [&](int, int present) {
+        share(next, chunks, present, [&](int64_t first, int64_t last) {
+            const int64_t begin = first * kChunk, end = std::min(last * kChunk, step.batch);
+            table.embed(model_, rows_of(begin, end), layers_.front().norm_D);
+            for (int64_t index = 0; index < sizes.n_layer; ++index) {
+                const DecodeLayer& layer = layers_[static_cast<size_t>(index)];
+                for (int64_t row = begin; row < end; row += kChunk) {
+                    const int64_t stop = std::min(row + kChunk, end);
+                    DecodeStep part = rows_of(row, stop);
+                    // What no later phase reads again: the same memory for every chunk, still in the first caches.
+                    part.projected_BM = step.projected_BM + begin * sizes.projected();
+                    part.gated_BE = step.gated_BE + begin * sizes.d_inner();
+                    part.out_BD = step.out_BD + begin * sizes.d_model;
+                    table.project_in(model_, layer, part, index, 0, layer.in_proj.num_panels());
+                    table.update_state(model_, layer, part, index, 0, part.batch * sizes.n_heads);
+                    table.project_out(model_, layer, part, index, norm_after(index, head), 0,
+                                      layer.out_proj.num_panels());
+                }
+            }
+            if (head) table.project_logits(model_, rows_of(begin, end), 0, model_.head.lm_head.num_panels());
+        });
+    });
+}
+
+// The members share the panels of every product and the heads of all rows, and wait for each other after each phase.
+void Decoder::step_by_panels(const DecodeStep& step, int members) {
+    const DecodeTable& table = decode_table();
+    const DecodeSizes& sizes = model_.sizes;
+    const bool head = step.logits_BV != nullptr;
+    const int64_t phases = 3 * sizes.n_layer + 1;
+    if (phases_.size() < static_cast<size_t>(phases)) phases_ = std::vector<Phase>(static_cast<size_t>(phases));
+    for (Phase& phase : phases_) phase.next.store(0, std::memory_order_relaxed);
+    table.embed(model_, step, layers_.front().norm_D);
     Barrier whole(members), alone(1);
     parallel_team(members, [&](int, int present) {
         Barrier& barrier = present == 1 ? alone : whole;
         for (int64_t index = 0; index < sizes.n_layer; ++index) {
             const DecodeLayer& layer = layers_[static_cast<size_t>(index)];
-            const float* next_norm = index + 1 < sizes.n_layer ? layers_[static_cast<size_t>(index) + 1].norm_D
-                                     : head                    ? model_.head.norm_D
-                                                               : nullptr;
             Phase* phase = &phases_[static_cast<size_t>(3 * index)];
             share(phase[0].next, layer.in_proj.num_panels(), present,
                   [&](int64_t begin, int64_t end) { table.project_in(model_, layer, step, index, begin, end); });
@@ -202,7 +286,7 @@ void Decoder::step(DecodeStep step, int threads) {
                   [&](int64_t begin, int64_t end) { table.update_state(model_, layer, step, index, begin, end); });
             barrier.wait();
             share(phase[2].next, layer.out_proj.num_panels(), present, [&](int64_t begin, int64_t end) {
-                table.project_out(model_, layer, step, index, next_norm, begin, end);
+                table.project_out(model_, layer, step, index, norm_after(index, head), begin, end);
             });
             barrier.wait();
         }
@@ -211,9 +295,6 @@ void Decoder::step(DecodeStep step, int threads) {
                   [&](int64_t begin, int64_t end) { table.project_logits(model_, step, begin, end); });
         }
     });
-    if (chosen) {
-        choice_.took(members, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    }
 }
 
 void Decoder::logits(int64_t batch, const float* hidden_BLD, float* logits_BV, int threads) {
@@ -222,6 +303,7 @@ void Decoder::logits(int64_t batch, const float* hidden_BLD, float* logits_BV, i
     DecodeStep step;
     step.batch = batch;
     step.hidden_BLD = const_cast<float*>(hidden_BLD);
+    step.hidden_stride = model_.sizes.n_layer * model_.sizes.d_model;
     step.logits_BV = logits_BV;
     reserve(step);
     const DecodeTable& table = decode_table();

@@ -63,6 +63,10 @@ private:
 
     void reserve(DecodeStep& step);
     int worthwhile(int64_t batch, bool layers, bool head, int threads) const;
+    bool layers_are_small() const;
+    void step_by_rows(const DecodeStep& step, int threads);
+    void step_by_panels(const DecodeStep& step, int members);
+    const float* norm_after(int64_t layer, bool head) const;
 
     DecodeModel model_;
     std::vector<DecodeLayer> layers_;

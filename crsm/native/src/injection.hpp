@@ -7,6 +7,9 @@
 
 namespace crsm {
 
+// A hair inside the ball: the constant of crsm.injection.clip_to_norm.
+inline constexpr double kInside = 1.0 - 1.0 / (1 << 20);
+
 // One layer's states and writes, B rows: h [B, H, P, N], u [B, R, H·P], b [B, R, N], alpha [B].
 template <typename T>
 struct InjectionArrays {

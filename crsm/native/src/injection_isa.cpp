@@ -4,9 +4,6 @@
 namespace crsm::CRSM_ISA {
 namespace {
 
-// A hair inside the ball: the constant of crsm.injection.clip_to_norm.
-constexpr double kInside = 1.0 - 1.0 / (1 << 20);
-
 // One head: its state, its part of the write's factors, and the lengths that clipping needs.
 template <typename T>
 struct Head {

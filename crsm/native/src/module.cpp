@@ -13,7 +13,7 @@ NB_MODULE(_crsm_native, m) {
     m.doc() = "Native core of CRSM: search, Mamba-2 kernels and decoding on CPU. Use it through crsm.native.";
     m.attr("__version__") = CRSM_VERSION;
     // The number in crsm/native/__init__.py.
-    m.attr("INTERFACE") = 2;
+    m.attr("INTERFACE") = 3;
     m.def("isa", [] { return std::string(crsm::isa_name(crsm::active_isa())); },
           "The instruction set in use: portable, avx2 or avx512.");
     m.def("num_threads", &crsm::num_threads, "Threads that a call may use.");
@@ -27,4 +27,5 @@ NB_MODULE(_crsm_native, m) {
     crsm::bind_memory_read(m);
     crsm::bind_mixer(m);
     crsm::bind_scan(m);
+    crsm::bind_slots(m);
 }
