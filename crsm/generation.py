@@ -72,6 +72,10 @@ class Generation:
         self.tokens.append(token)
         self.generated += 1
         self.fresh = True
+        if len(self.tokens) > 4 * TOKENS_KEPT:
+            self._forget()
+
+    def _forget(self) -> None:
         settings = self.request.deliberation
         keep = max(TOKENS_KEPT, 2 * (settings.lag + settings.max_lag + settings.plan_length + settings.park_tokens))
         if len(self.tokens) > 4 * keep:
