@@ -57,6 +57,12 @@ def heard(tokens: Sequence[Token]) -> list[tuple[int, float]]:
     return [(token.token, token.logprob) for token in tokens]
 
 
+def assert_alike(tokens: Sequence[Token], want: Sequence[tuple[int, float]]) -> None:
+    """The same tokens; log-probabilities within what a write in another order of operations may change."""
+    assert [token for token, _ in want] == words(tokens)
+    assert [token.logprob for token in tokens] == pytest.approx([logprob for _, logprob in want], abs=1e-5)
+
+
 def ask(
     prompt: tuple[int, ...] = PROMPT, tokens: int = 10, name: str = "", simulations: int = 8, **deliberation: Any
 ) -> GenerationRequest:
@@ -219,7 +225,8 @@ def test_a_plan_is_written_right_before_its_target_is_consumed_and_into_its_row_
         return written(plan, state, 0.5, row=1) if position == target else state
 
     want = decode(checkpoint, [OTHER_PROMPT, PROMPT], 8, write)
-    assert [heard(row)[:8] for row in tokens] == want
+    assert heard(tokens[0]) == want[0], "the other row keeps its bits"
+    assert_alike(tokens[1], want[1])
     assert want[1] != decode(checkpoint, [OTHER_PROMPT, PROMPT], 8)[1], "the write must be audible for this test"
     # The first token whose logits it shaped tells of it, and no other.
     assert [token.position for token in tokens[1] if token.injection] == [target + 1]
@@ -296,7 +303,7 @@ def test_both_channels_write_the_state_and_mix_the_policy() -> None:
         return mix_policy(log_probs_BV[0], torch.tensor([20, 21]), torch.tensor([0.25, 0.75]), 0.5)[None]
 
     want = decode(checkpoint, [PROMPT], 10, lambda p, s, d: written(plans[0], s, 0.25) if p == FIRST else s, mix)
-    assert heard(tokens) == want[0]
+    assert_alike(tokens, want[0])
 
 
 @pytest.mark.parametrize("late", [1, 2, 3])
