@@ -226,7 +226,7 @@ def test_a_plan_is_written_right_before_its_target_is_consumed_and_into_its_row_
 
     want = decode(checkpoint, [OTHER_PROMPT, PROMPT], 8, write)
     assert heard(tokens[0]) == want[0], "the other row keeps its bits"
-    assert_alike(tokens[1], want[1])
+    assert_alike(tokens[1][:8], want[1])
     assert want[1] != decode(checkpoint, [OTHER_PROMPT, PROMPT], 8)[1], "the write must be audible for this test"
     # The first token whose logits it shaped tells of it, and no other.
     assert [token.position for token in tokens[1] if token.injection] == [target + 1]
