@@ -259,21 +259,22 @@ class Engine:
         }
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[Token]:
-        """Runs until every generation has ended; yields tokens as they are said."""
+        """Runs until every generation has ended; yields tokens as they are said. Requests wait where the queue is full."""
         for request in requests:
+            while len(self._waiting) >= self.config.max_waiting:
+                yield from self.step()
             self.submit(request)
         while self.busy:
             yield from self.step()
 
     def generate_all(self, requests: Iterable[GenerationRequest]) -> list[list[int]]:
         """The tokens of every generation, in the order of the requests; a cancelled one has those it said before."""
-        ids = [self.submit(request) for request in requests]
-        said: dict[str, list[int]] = {name: [] for name in ids}
-        while self.busy:
-            for token in self.step():
-                if token.finish_reason != "cancelled":
-                    said[token.generation_id].append(token.token)
-        return [said[name] for name in ids]
+        named = [replace(request, generation_id=request.generation_id or uuid.uuid4().hex) for request in requests]
+        said: dict[str, list[int]] = {request.generation_id: [] for request in named}
+        for token in self.generate(named):
+            if token.finish_reason != "cancelled":
+                said[token.generation_id].append(token.token)
+        return [said[request.generation_id] for request in named]
 
     # ---------------------------------------------------------------- one step
 

@@ -19,6 +19,10 @@ from crsm.planners import Planners
 from crsm.tasks.base import Problem, Task
 
 
+OFFLINE_CHUNK = 8192
+"""Tokens of prompts per step."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One answer and its verdict."""
@@ -85,32 +89,33 @@ def solve(
     loop = Engine(
         checkpoint,
         planners,
-        engine or config.engine,
+        # Nobody waits for a token here: prompts go in whole batches at a time.
+        (engine or config.engine).model_copy(update={"prefill_chunk": OFFLINE_CHUNK}),
         world_model=world_model,
         injection_source=injection_source,
     )
     prompts = [tuple(encode_prompt(problem, checkpoint.tokenizer)) for problem in problems]
     said: dict[str, tuple[list[int], list[float]]] = {}
     started = time.perf_counter()
-    for index, prompt in enumerate(prompts):
-        name = loop.submit(
-            GenerationRequest(
-                prompt,
-                sampling.model_copy(update={"seed": sampling.seed + index}),
-                deliberation,
-                simulations or config.search.simulations,
-                generation_id=f"problem-{index}",
-            )
+    requests = [
+        GenerationRequest(
+            prompt,
+            sampling.model_copy(update={"seed": sampling.seed + index}),
+            deliberation,
+            simulations or config.search.simulations,
+            generation_id=f"problem-{index}",
         )
-        said[name] = ([], [])
-    while loop.busy:
-        for token in loop.step():
-            tokens, logprobs = said[token.generation_id]
-            tokens.append(token.token)
-            logprobs.append(token.logprob)
+        for index, prompt in enumerate(prompts)
+    ]
+    for token in loop.generate(requests):
+        tokens, logprobs = said.setdefault(token.generation_id, ([], []))
+        tokens.append(token.token)
+        logprobs.append(token.logprob)
     seconds = time.perf_counter() - started
     answers = []
-    for problem, prompt, (tokens, logprobs) in zip(problems, prompts, said.values(), strict=True):
+    for problem, prompt, (tokens, logprobs) in zip(
+        problems, prompts, (said[request.generation_id] for request in requests), strict=True
+    ):
         text = checkpoint.tokenizer.decode(tokens)
         answers.append(Answer(problem, prompt, tuple(tokens), tuple(logprobs), text, task.verify(problem, text)))
     return Run(tuple(answers), loop.metrics, seconds)
