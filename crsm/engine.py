@@ -259,7 +259,7 @@ class Engine:
         }
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[Token]:
-        """Runs until every generation has ended; yields tokens as they are said. Requests wait where the queue is full."""
+        """Runs until every generation has ended; yields tokens as they are said. Requests wait for a full queue."""
         for request in requests:
             while len(self._waiting) >= self.config.max_waiting:
                 yield from self.step()

@@ -144,7 +144,10 @@ def test_with_gates_of_zero_the_logits_are_the_plain_backbones_bit_for_bit(chann
     engine = Engine(checkpoint, InlinePlanners(Deliberator.from_checkpoint(checkpoint)), EngineConfig(clock=clock))
     tokens = run(engine, [ask(lag=0, channel=channel), ask(OTHER_PROMPT, lag=0, channel=channel)])
     assert [heard(row) for row in tokens] == decode(checkpoint, [PROMPT, OTHER_PROMPT], 10)
-    assert engine.metrics.outcomes == {Reason.SHUT: 18} and engine.metrics.simulations == 18 * 8
+    assert engine.metrics.outcomes == {Reason.SHUT: 18}
+    # By the wall clock a search ends when its target is about to be consumed.
+    spent = engine.metrics.simulations
+    assert spent == 18 * 8 if clock == "virtual" else 0 < spent <= 18 * 8
 
 
 @pytest.mark.parametrize("setting", [{"channel": Channel.OFF}, {"injection_rate": 0.0}])

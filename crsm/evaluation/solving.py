@@ -18,7 +18,6 @@ from crsm.model import Checkpoint
 from crsm.planners import Planners
 from crsm.tasks.base import Problem, Task
 
-
 OFFLINE_CHUNK = 8192
 """Tokens of prompts per step."""
 
