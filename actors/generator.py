@@ -253,6 +253,10 @@ class GeneratorActor:
             "mailbox": pool.mailbox_stats() if pool else {},
         }
 
+    async def forget_times(self) -> None:
+        """Begins to measure times anew (``times`` of :meth:`metrics`); counters go on."""
+        await self._question(lambda engine: engine.metrics.forget_times())
+
     async def update_weights(self, source: str | Weights, shared: Sequence[Any]) -> int:
         """Goes on with other weights of the same shapes, and so do the planners: plans of the old ones are refused.
 

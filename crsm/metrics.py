@@ -51,6 +51,11 @@ class PlanMetrics:
         hits = sum(count for reason, count in self.outcomes.items() if reason.is_hit)
         return hits / settled if settled else 0.0
 
+    def forget_times(self) -> None:
+        """Begins to measure times anew; counters go on."""
+        self.planner_seconds = self.deliberation_seconds = 0.0
+        self.token_seconds = Histogram()
+
     def summary(self) -> dict[str, Any]:
         """Plain data; whatever depends on how fast the machine is stands under ``times``, in seconds."""
         return {

@@ -1,4 +1,4 @@
-"""Speed beside the peers, in one run: search, training, decoding."""
+"""Speed beside the peers, in one run: search, training, decoding; and of the actor system beside itself."""
 
 from __future__ import annotations
 
@@ -129,6 +129,42 @@ def decode(
 
 
 @app.command()
+def nonblocking(
+    quick: QuickOption = False,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    json: JsonOption = None,
+) -> None:
+    """What System 2 costs System 1: the generator actor with planner actors and without, each on a core of its own."""
+
+    def rows(core: int | None, seed: int, progress: Progress) -> list[Row]:
+        from jobs.speed.nonblocking_speed import nonblocking_rows
+
+        return nonblocking_rows(core, seed=seed, progress=progress, quick=quick)
+
+    _measure_actors("nonblocking", rows, quick, config, overrides, seed, json)
+
+
+@app.command()
+def pool(
+    quick: QuickOption = False,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Many generations in one batch, accuracy by the wall clock, and how soon plans are back after a kill."""
+
+    def rows(core: int | None, seed: int, progress: Progress) -> list[Row]:
+        from jobs.speed.pool_speed import pool_rows
+
+        return pool_rows(core, seed=seed, progress=progress, quick=quick)
+
+    _measure_actors("pool", rows, quick, config, overrides, seed, json)
+
+
+@app.command()
 def profile(
     checkpoint: Annotated[
         str, typer.Option("--checkpoint", metavar="NAME", help="Whose deliberation is timed.")
@@ -155,6 +191,32 @@ def profile(
     print_profiles(found, threads)
     results = {"threads": threads, "quick": quick, "profiles": plain(found)}
     write_result("benchmark_speed profile", settings, settings.seed, results, json)
+
+
+def _measure_actors(
+    what: str,
+    rows: Callable[[int | None, int, Progress], list[Row]],
+    quick: bool,
+    config: Path | None,
+    overrides: list[str] | None,
+    seed: int | None,
+    json: str | None,
+) -> None:
+    """The rows of a generator that has a core to itself, with one thread, while everything else has the others."""
+    settings = load_settings(config, overrides, seed)
+
+    from crsm import native
+    from crsm.threads import use_threads
+    from jobs.speed.pinned_ray import pinned_ray
+    from jobs.speed.rows import plain, print_rows
+
+    use_threads(1)
+    with Progress(f"speed of {what}") as progress, pinned_ray() as core:
+        found = rows(core, settings.seed, progress)
+    results = {"quick": quick, "native": native.describe(), "pinned": core is not None}
+    print_rows(f"{what}" + (", TINY LOADS" if quick else ""), found)
+    results["rows"] = [plain(row) for row in found]
+    write_result(f"benchmark_speed {what}", settings, settings.seed, results, json)
 
 
 def _measure(

@@ -55,6 +55,8 @@ class Shape:
 SMALL = Shape("0.5M", d_model=128, n_layer=4, d_state=32, headdim=32, vocab_size=512)
 PUBLIC_130M = Shape("130m", d_model=768, n_layer=24, d_state=128, headdim=64, vocab_size=50288, chunk_size=256)
 NANO = Shape("nano", d_model=96, n_layer=4, d_state=32, headdim=32, vocab_size=53)
+TEN_MILLION = Shape("10M", d_model=320, n_layer=15, d_state=64, headdim=64, vocab_size=53)
+"""With the vocabulary of nano, so that its tokenizer and tasks serve it."""
 TINY = Shape("tiny", d_model=16, n_layer=2, d_state=8, headdim=8, vocab_size=24, chunk_size=8)
 """For tests of the benchmark itself."""
 
