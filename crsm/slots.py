@@ -32,7 +32,8 @@ class Slots(Protocol):
     """Running generations' states, a slot each. Slots are numbers below ``capacity``; who has which is the caller's
     business, and what a slot holds before :meth:`put` or :meth:`restore` is undefined."""
 
-    capacity: int
+    @property
+    def capacity(self) -> int: ...
 
     @staticmethod
     def bytes_per_slot(config: BackboneConfig, max_lag: int) -> int:
@@ -124,7 +125,7 @@ class TorchSlots(Slots):
     def __init__(self, model: CRSM, decoder: Decoder, capacity: int) -> None:
         if capacity < 1:
             raise ValueError(f"capacity = {capacity}; allowed: at least 1")
-        self._model, self._decoder, self.capacity = model, decoder, capacity
+        self._decoder, self._capacity = decoder, capacity
         self._state = _apart(model.backbone.initial_state(capacity))
         self._deltas = tuple(torch.zeros_like(layer.ssm_BHPN) for layer in self._state.layers)
         sizes, wide = model.config.model.backbone, self._deltas[0]
@@ -133,6 +134,10 @@ class TorchSlots(Slots):
         self._decay_WLBH = wide.new_ones(0, sizes.n_layer, capacity, sizes.n_heads)
         self._depth = [0] * capacity
         self._expires = [NEVER] * capacity
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
 
     @torch.inference_mode()
     def grow(self, capacity: int) -> None:
@@ -152,7 +157,7 @@ class TorchSlots(Slots):
         self._decay_WLBH = torch.cat([self._decay_WLBH, self._decay_WLBH.new_ones(depth, layers, more, heads)], dim=2)
         self._depth += [0] * more
         self._expires += [NEVER] * more
-        self.capacity = capacity
+        self._capacity = capacity
 
     @torch.inference_mode()
     def put(self, slots: Sequence[int], state: ModelState, hidden_BLD: Tensor) -> None:
