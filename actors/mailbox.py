@@ -179,7 +179,9 @@ class MailboxPlanners:
         """From now on requests go to this pool; those that another one had are lost. From any thread."""
         if not self._shed and link.geometry.slots < self._max_batch:
             raise ValueError(f"slots = {link.geometry.slots}; allowed: at least planners.max_batch = {self._max_batch}")
-        self._offered = link
+        displaced, self._offered = self._offered, link
+        if displaced is not None:
+            displaced.hang_up()
         if self._closed:
             link.hang_up()
         self._ring()
