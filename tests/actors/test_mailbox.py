@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from actors.link import Geometry, Link, Listener, connect
-from actors.mailbox import LOOK_EVERY, MailboxPlanners
+from actors.mailbox import MailboxPlanners
 from actors.records import (
     ANY_ROOM,
     Kind,
@@ -287,8 +287,12 @@ def test_a_pool_that_is_gone_loses_everything_open_and_another_takes_its_place()
     peer.settle(Outcome.PLANNED)  # said before it died, and heard after
     peer.link.close()
     found = Arrivals()
-    for _ in range(LOOK_EVERY):
+
+    def told() -> bool:
         found.add(mailbox.poll())
+        return len(found.lost) == 2
+
+    until(told)
     assert ids(found.plans) == [0] and ids(found.lost) == [1, 2] and mailbox.room() == 0
     mailbox.submit(requests(2, 10))
     assert ids(mailbox.poll().lost) == [10, 11]

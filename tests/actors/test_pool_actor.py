@@ -140,9 +140,7 @@ class TestOnRay:
             assert sum(engine.metrics.outcomes.values()) == engine.metrics.requests
             assert config is WALL or engine.metrics.outcomes[Reason.LOST] > 0
             until(lambda: pool.stats().planners != {"ready": 1})
-            for _ in range(100):
-                pool.poll()
-            assert pool.mailbox_stats()["open"] == 0
+            until(lambda: pool.poll() is not None and pool.mailbox_stats()["open"] == 0)
             assert run(Engine(checkpoint, pool, config), generations()) == run(Engine(checkpoint), generations())
 
     def test_planners_killed_one_and_all_are_the_pools_affair(self, checkpoint: Checkpoint) -> None:
