@@ -142,14 +142,16 @@ class Bridge:
 
     def _send_back(self) -> None:
         timeout = 0.0
-        while not self._ended.is_set():
-            arrivals = self._pool.take(timeout)
-            entries = self._settle(arrivals)
-            if entries or self._room_is_news():
-                self._send(entries)
-                timeout = SETTLING
-            else:
-                timeout = IDLE
+        try:
+            while not self._ended.is_set():
+                entries = self._settle(self._pool.take(timeout))
+                if entries or self._room_is_news():
+                    self._send(entries)
+                    timeout = SETTLING
+                else:
+                    timeout = IDLE
+        finally:
+            self.stop()  # also after a bug: the generator must not wait for who is not there
 
     def _room_is_news(self) -> bool:
         seen, room = self._seen, self._room()

@@ -19,6 +19,7 @@ import logging
 import os
 import select
 import socket
+import time
 import weakref
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -43,8 +44,9 @@ from crsm.types import PlanRequest
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY = 64
-"""Polls between two that ask the socket although nothing is announced: only so is it seen that the pool was killed."""
+LOOK_AFTER = 0.05
+"""Seconds after which a poll asks the socket although nothing is announced: only so is it seen that the pool was killed
+while nothing is sent to it."""
 PATIENCE = 1.0
 """Seconds that ``wait`` sleeps at most before it looks again."""
 
@@ -105,7 +107,7 @@ class MailboxPlanners:
         """Batches that wait for slots."""
         self._settled = Arrivals()
         self._room, self._seen, self._sent_requests = 0, 0, 0
-        self._heard, self._polls = 0, 0
+        self._heard, self._look_at = 0, 0.0
         self._buffer = new_buffer()
         self._view = memoryview(self._buffer)
         self._counts = _Counts()
@@ -144,8 +146,9 @@ class MailboxPlanners:
     def poll(self) -> Arrivals:
         link = self._current()
         if link is not None:
-            self._polls += 1
-            if link.sent[0] != self._heard or self._polls % LOOK_EVERY == 0:
+            now = time.monotonic()
+            if link.sent[0] != self._heard or now > self._look_at:
+                self._look_at = now + LOOK_AFTER
                 self._receive(link)
         if self._queue:
             self._send_queued()
@@ -179,7 +182,9 @@ class MailboxPlanners:
         """From now on requests go to this pool; those that another one had are lost. From any thread."""
         if not self._shed and link.geometry.slots < self._max_batch:
             raise ValueError(f"slots = {link.geometry.slots}; allowed: at least planners.max_batch = {self._max_batch}")
-        self._offered = link
+        displaced, self._offered = self._offered, link
+        if displaced is not None:
+            displaced.hang_up()
         if self._closed:
             link.hang_up()
         self._ring()
