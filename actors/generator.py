@@ -153,6 +153,14 @@ class GeneratorActor:
         self._decode.ask(lambda summary: _call_soon(events, _resolve, answer, summary))
         return {**await answer, "streams": len(self._streams), "pool": asdict(self._pool.stats())}
 
+    async def update_weights(self, shared: Sequence[Any]) -> None:
+        """The planners deliberate with these weights from now on.
+
+        Args:
+            shared: as for the constructor. Plans of another version than the generator's are refused and counted.
+        """
+        self._pool.update_weights(shared[0])
+
     async def ping(self) -> int:
         """The process id, once the actor is there."""
         return os.getpid()
