@@ -72,7 +72,8 @@ def corrupt(plan: Plan, fate: BadPlan, vocabulary: int, others: Sequence[str], d
             gates[draw.randrange(len(gates))] = draw.choice((-0.5, 1.5, 100.0))
             return replace(plan, confidence_L=gates)
         case BadPlan.VERSION:
-            return replace(plan, model_version=plan.model_version + draw.choice((-1, 1)))
+            # By two: while planners have the next version's weights, one less would be the right one.
+            return replace(plan, model_version=plan.model_version + draw.choice((-2, 2)))
         case BadPlan.GENERATION:
             elsewhere = [name for name in others if name != plan.generation_id] or [plan.generation_id + "-never"]
             return replace(plan, generation_id=draw.choice(elsewhere))

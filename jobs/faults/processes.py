@@ -18,7 +18,8 @@ from pathlib import Path
 PROC = Path("/proc")
 SHARED_MEMORY = "/dev/shm/"
 _TITLE = re.compile(r"ray::(\w+)")
-_RAYS_OWN = {"IDLE", "DashboardAgent", "RuntimeEnvAgent"}
+_RAYS_OWN = re.compile(r"IDLE|SpillWorker|RestoreWorker|DashboardAgent|RuntimeEnvAgent")
+"""Processes that live as long as the cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def actors_of(driver: int) -> list[Process]:
     found = []
     for pid in parents:
         if _descends(pid, driver, parents) and (match := _TITLE.match(_title(pid))):
-            if match[1] not in _RAYS_OWN:
+            if not _RAYS_OWN.search(match[1]):
                 found.append(Process(pid, started[pid], match[1]))
     return sorted(found, key=lambda process: (process.role, process.started, process.pid))
 
