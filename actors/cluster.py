@@ -32,7 +32,10 @@ MIN_CPUS = 4
 
 @contextmanager
 def start_ray(
-    address: str | None = None, num_cpus: int | None = None, object_store_memory: int | None = None
+    address: str | None = None,
+    num_cpus: int | None = None,
+    object_store_memory: int | None = None,
+    system_config: dict[str, Any] | None = None,
 ) -> Iterator[None]:
     """Ray for the time of a ``with`` block.
 
@@ -40,6 +43,7 @@ def start_ray(
         address: the cluster; None: ``RAY_ADDRESS`` if it is set, else a new local cluster.
         num_cpus: logical CPUs of a local cluster; None: the cores of this machine, at least ``MIN_CPUS``.
         object_store_memory: bytes of a local cluster's object store; None: as much as Ray likes.
+        system_config: Ray's internal settings of a local cluster, for tests.
     """
     if ray.is_initialized():
         yield
@@ -54,6 +58,7 @@ def start_ray(
                 address="local",
                 num_cpus=num_cpus or max(core_count(), MIN_CPUS),
                 object_store_memory=object_store_memory,
+                _system_config=system_config,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
                 log_to_driver=False,

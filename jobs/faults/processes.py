@@ -64,6 +64,16 @@ def actors_of(driver: int) -> list[Process]:
     return sorted(found, key=lambda process: (process.role, process.started, process.pid))
 
 
+def children_of(parent: int, program: str) -> list[int]:
+    """A process's children that run a program: the daemons of a Ray that it started."""
+    found = []
+    for entry in PROC.iterdir():
+        if entry.name.isdecimal() and (fields := _stat(int(entry.name))) is not None and int(fields[1]) == parent:
+            if os.path.basename(_title(int(entry.name)).partition(" ")[0]) == program:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
 def is_running(process: Process) -> bool:
     """Whether it lives; one that is dead and not yet buried does not."""
     fields = _stat(process.pid)
