@@ -31,12 +31,19 @@ MIN_CPUS = 4
 
 
 @contextmanager
-def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterator[None]:
+def start_ray(
+    address: str | None = None,
+    num_cpus: int | None = None,
+    object_store_memory: int | None = None,
+    system_config: dict[str, Any] | None = None,
+) -> Iterator[None]:
     """Ray for the time of a ``with`` block.
 
     Args:
         address: the cluster; None: ``RAY_ADDRESS`` if it is set, else a new local cluster.
         num_cpus: logical CPUs of a local cluster; None: the cores of this machine, at least ``MIN_CPUS``.
+        object_store_memory: bytes of a local cluster's object store; None: as much as Ray likes.
+        system_config: Ray's internal settings of a local cluster, for tests.
     """
     if ray.is_initialized():
         yield
@@ -50,6 +57,8 @@ def start_ray(address: str | None = None, num_cpus: int | None = None) -> Iterat
             ray.init(
                 address="local",
                 num_cpus=num_cpus or max(core_count(), MIN_CPUS),
+                object_store_memory=object_store_memory,
+                _system_config=system_config,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
                 log_to_driver=False,
