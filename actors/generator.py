@@ -276,14 +276,6 @@ class GeneratorActor:
             await asyncio.to_thread(self._pool.update_weights, shared[0])
         return checkpoint.model_version
 
-    async def update_weights(self, shared: Sequence[Any]) -> None:
-        """The planners deliberate with these weights from now on.
-
-        Args:
-            shared: as for the constructor. Plans of another version than the generator's are refused and counted.
-        """
-        self._pool.update_weights(shared[0])
-
     async def ping(self) -> int:
         """The process id, once the actor is there."""
         return os.getpid()

@@ -80,7 +80,7 @@ class ExpectedGate:
 
     def observe(self, generation_id: str, confidence_L: np.ndarray | float) -> None:
         """A plan has arrived."""
-        gate = float(np.mean(confidence_L))
+        gate = confidence_L if isinstance(confidence_L, float) else float(np.mean(confidence_L))
         self._overall_count = min(self._overall_count + 1, float(self._pool_memory))
         self._overall += (gate - self._overall) / self._overall_count
         mean, count = self._means.get(generation_id, (0.0, 0))

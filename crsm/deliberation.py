@@ -325,7 +325,8 @@ class Deliberation:
             elif plan.model_version != self._checkpoint.model_version:
                 self._fault(plan, Fault.VERSION)
             else:
-                self._expected_gate.observe(plan.generation_id, float(plan.confidence_L.mean()))
+                confidence = plan.confidence_L.tolist()
+                self._expected_gate.observe(plan.generation_id, sum(confidence) / len(confidence))
                 if self._virtual:
                     self._early.append(plan)
                 else:

@@ -9,6 +9,7 @@ numpy has no bf16: its bits travel as ``uint16``, a kind that no other array of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -63,7 +64,9 @@ def is_wire(array: np.ndarray) -> bool:
 def is_finite(array: np.ndarray) -> bool:
     """Whether all numbers of an array of either kind are finite."""
     if array.dtype != np.uint16:
-        return bool(np.isfinite(array).all())
+        # NaN and infinity survive a sum: where it is finite all is, and only an overflow needs the second look.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return math.isfinite(np.add.reduce(array, axis=None)) or bool(np.isfinite(array).all())
     return bool(((array & _EXPONENT) != _EXPONENT).all())
 
 
