@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Iterator
@@ -10,15 +11,20 @@ from typing import Any
 import pytest
 import ray
 
+from actors.client import GeneratorDied, stream_tokens
+from actors.decode_loop import Refused
 from actors.generator import GenerationFailed, start_generator, stop_generator
+from actors.state_store import StateHandle
+from actors.weights import share
 from crsm.config import DeliberationConfig, EngineConfig, PlannersConfig, SamplingConfig
-from crsm.engine import Engine
+from crsm.engine import Engine, QueueFull
+from crsm.generation import GenerationRequest
 from crsm.model import Checkpoint
-from crsm.planners import ThreadPlanners
+from crsm.planners import InlinePlanners, ThreadPlanners
 from crsm.reasoning import Deliberator
 from crsm.types import Token
 from tests.actors.helpers import WALL, generations, is_running, run, slow_planner_class, until
-from tests.fixtures import PROMPT
+from tests.fixtures import PROMPT, tiny_checkpoint, tiny_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
@@ -185,3 +191,122 @@ def test_planners_end_with_their_generator(checkpoint: Checkpoint) -> None:
     pids = processes(actor)
     os.kill(pids[0], signal.SIGKILL)
     until(lambda: not any(map(is_running, pids)), 15)
+
+
+# Load, states and resumption ------------------------------------------------------------------------------------------
+
+
+def test_many_generations_are_read_as_one_stream_and_a_refusal_disturbs_nobody(generator: Any) -> None:
+    requests = [*generations(tokens=9), GenerationRequest((), generation_id="empty")]
+    said: dict[str, list[Token]] = {request.generation_id: [] for request in requests}
+    refused: list[Refused] = []
+    for reference in generator.generate_many.remote(requests):
+        for item in (found,) if isinstance(found := ray.get(reference), Refused) else found:
+            refused.append(item) if isinstance(item, Refused) else said[item.generation_id].append(item)
+    assert [(refusal.generation_id, refusal.full) for refusal in refused] == [("empty", False)]
+    for request in requests[:-1]:
+        mine = said[request.generation_id]
+        assert [token.position - len(request.prompt) for token in mine] == list(range(9))
+        assert [token.finished for token in mine] == [False] * 8 + [True]
+    with pytest.raises(ValueError, match="generation_id is missing or given twice"):
+        ray.get(next(iter(generator.generate_many.remote([requests[0], requests[0]]))))
+
+
+def test_a_full_queue_is_refused_clearly(checkpoint: Checkpoint) -> None:
+    actor = start_generator(
+        checkpoint, PlannersConfig(count=0), EngineConfig(clock="wall", max_batch=1, max_waiting=1), num_cpus=0.5
+    )
+    running = [iter(Stream(actor, PROMPT, ENDLESS, generation_id=name)) for name in ("a",)]
+    next(running[0])
+    waiting = actor.generate.remote(PROMPT, ENDLESS, generation_id="b")
+    until(lambda: ray.get(actor.metrics.remote())["generations"]["waiting"] == 1)
+    with pytest.raises(QueueFull, match=r"1 generations wait; allowed: engine.max_waiting = 1"):
+        list(Stream(actor, PROMPT, generation_id="c"))
+    ray.cancel(waiting)
+    stop_generator(actor)
+
+
+def test_a_state_is_kept_forked_and_moved_to_another_generator(checkpoint: Checkpoint, generator: Any) -> None:
+    """Saved in the middle, gone on from twice here and once on another generator: the same tokens everywhere."""
+    request = generations(tokens=40, lag=0)[0]
+    whole = [token.token for token in Stream(generator, request.prompt, request.sampling, request.deliberation, 8)]
+    stream = iter(Stream(generator, request.prompt, request.sampling, request.deliberation, 8, "source", pace=None))
+    next(stream)
+    handle = ray.get(generator.snapshot.remote("source"))
+    assert isinstance(handle, StateHandle) and handle.generation_id == "source"
+    list(stream)
+    rest = whole[handle.position + 1 - len(request.prompt) :]
+    for _ in range(2):
+        assert [token.token for token in Stream(generator, start=handle.handle)] == rest
+    other = start_generator(checkpoint, PlannersConfig(count=1), num_cpus=0.5, planner_cpus=0.5)
+    moved = ray.get(other.import_state.remote(generator.export_state.remote(handle.handle)))
+    assert moved.num_bytes == handle.num_bytes
+    assert [token.token for token in Stream(other, start=moved.handle)] == rest
+    assert ray.get(generator.drop_state.remote(handle.handle))
+    with pytest.raises(ValueError, match="is not known, or its time is over"):
+        list(Stream(generator, start=handle.handle))
+    stop_generator(other)
+
+
+def test_a_chat_is_parked_and_goes_on_where_it_was(checkpoint: Checkpoint, generator: Any) -> None:
+    few = SamplingConfig(max_tokens=4)
+    first = [token.token for token in Stream(generator, PROMPT, few, OFTEN, generation_id="chat", park=True)]
+    assert ray.get(generator.metrics.remote())["generations"]["parked"] == 1
+    second = list(Stream(generator, (4, 9), few, DeliberationConfig(lag=9), generation_id="chat"))
+    alone = Engine(checkpoint).generate_all([GenerationRequest((*PROMPT, *first, 4, 9), few)])[0]
+    assert [token.token for token in second] == alone and second[0].position == len(PROMPT) + 4 + 2
+    assert ray.get(generator.metrics.remote())["generations"]["parked"] == 0
+
+
+@pytest.mark.parametrize("tokens_before", [2, 40])
+def test_a_generator_that_is_killed_is_resumed_with_the_same_tokens(checkpoint: Checkpoint, tokens_before: int) -> None:
+    """System 2 on, virtual clock; killed before and after the first snapshot."""
+    request = generations(tokens=400, lag=1)[2]  # sampled
+    request = dataclasses.replace(request, sampling=request.sampling.model_copy(update={"ignore_eos": True}))
+    inline = InlinePlanners(Deliberator.from_checkpoint(checkpoint))
+    expected = Engine(checkpoint, inline).generate_all([request])[0]
+    actor = start_generator(checkpoint, PlannersConfig(count=1), num_cpus=0.5, planner_cpus=0.5, max_restarts=-1)
+    stream = stream_tokens(
+        actor,
+        request.prompt,
+        resume=True,
+        snapshot_every=16,
+        sampling=request.sampling,
+        deliberation=request.deliberation,
+        simulations=8,
+        generation_id="resumed",
+    )
+    said = [next(stream) for _ in range(tokens_before)]
+    os.kill(ray.get(actor.ping.remote()), signal.SIGKILL)
+    said += stream
+    assert [token.token for token in said] == expected
+    assert [token.position for token in said] == list(range(len(request.prompt), len(request.prompt) + 400))
+    assert {token.generation_id for token in said} == {"resumed"}
+    ray.kill(actor)
+
+
+def test_without_resumption_the_error_names_the_generation(checkpoint: Checkpoint) -> None:
+    actor = start_generator(checkpoint, PlannersConfig(count=0), WALL, num_cpus=0.5)
+    stream = stream_tokens(actor, PROMPT, sampling=ENDLESS, generation_id="mine")
+    next(stream)
+    os.kill(ray.get(actor.ping.remote()), signal.SIGKILL)
+    with pytest.raises(GeneratorDied, match="generation mine: the generator died after"):
+        list(stream)
+
+
+def test_new_weights_reach_generator_and_planners(checkpoint: Checkpoint) -> None:
+    actor = start_generator(checkpoint, PlannersConfig(count=1), num_cpus=0.5, planner_cpus=0.5)
+    few = SamplingConfig(max_tokens=12)
+    before = [token.token for token in Stream(actor, PROMPT, few, OFTEN, 8)]
+    newer = dataclasses.replace(tiny_checkpoint(seed=5), model_version=4)
+    shared = share(newer)
+    assert ray.get(actor.update_weights.remote(shared, [shared])) == 4
+    until(lambda: ray.get(actor.metrics.remote())["pool"]["versions"] == (4,))
+    after = [token.token for token in Stream(actor, PROMPT, few, OFTEN, 8)]
+    inline = InlinePlanners(Deliberator.from_checkpoint(newer))
+    expected = Engine(newer, inline).generate_all([GenerationRequest(PROMPT, few, OFTEN, 8)])[0]
+    assert after == expected != before
+    with pytest.raises(ValueError, match="a model of other shapes"):
+        other = share(tiny_checkpoint(tiny_config(n_layer=3)))
+        ray.get(actor.update_weights.remote(other, [other]))
+    stop_generator(actor)
