@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.link import Geometry, Link, Listener, connect, take_link
+from actors.link import Geometry, Link, Listener, connect, give_link, take_link
 from actors.records import Malformed
 from tests.actors.mailboxes import SMALL, link_pair
 
@@ -77,8 +77,6 @@ def test_nothing_has_a_name_and_nothing_is_left(tmp_path: Path) -> None:
 
 def test_the_segment_cannot_be_cut_off_under_the_other_side() -> None:
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    from actors.link import give_link
-
     generators = give_link(one, SMALL)
     _, (descriptor,), _, _ = socket.recv_fds(other, 100, 1)
     for size in (0, 10 * mmap.PAGESIZE * SMALL.num_bytes):

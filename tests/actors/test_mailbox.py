@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 import threading
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from actors.link import Geometry, Link, Listener, connect
+from actors.link import Geometry
 from actors.mailbox import MailboxPlanners
 from actors.records import (
     ANY_ROOM,
     Kind,
     Outcome,
-    read_message,
-    read_request,
     write_message,
     write_plans,
 )
@@ -29,77 +22,12 @@ from crsm.config import EngineConfig
 from crsm.engine import Engine
 from crsm.planners import Arrivals, ThreadPlanners
 from crsm.reasoning import Deliberator
-from crsm.types import PlanRequest, Reason
-from tests.actors.helpers import WALL, generations, make_requests, run, until
-from tests.actors.mailboxes import SMALL, FakePool, bridged, link_pair, python
-from tests.fixtures import make_plan, tiny_checkpoint
+from crsm.types import Reason
+from tests.actors.helpers import WALL, generations, run, until
+from tests.actors.mailboxes import CHECKPOINT, FakePool, Peer, attached, bridged, ids, link_pair, requests
+from tests.fixtures import make_plan
 
-CHECKPOINT = tiny_checkpoint()
 SLOTS = Geometry(slots=8, slot_bytes=8000)
-
-
-def requests(count: int, first: int = 0) -> list[PlanRequest]:
-    """Requests with a snapshot small enough for any slot."""
-    numbers = np.arange(8, dtype=np.float32).reshape(2, 4)
-    return [
-        PlanRequest(first + i, f"g{i % 2}", 6, 7, 3, numbers + i, numbers, model_version=3, value=float(i))
-        for i in range(count)
-    ]
-
-
-def ids(settled: Any) -> list[int]:
-    return [one.request_id for one in settled]
-
-
-class Peer:
-    """The pool's end by hand."""
-
-    def __init__(self, link: Link) -> None:
-        self.link = link
-        link.connection.setblocking(False)
-        self.asked: list[tuple[int, int]] = []
-        """(slot, request id) of what is not settled."""
-        self.messages: list[list[PlanRequest]] = []
-
-    def look(self) -> None:
-        while True:
-            try:
-                message = memoryview(self.link.connection.recv(100_000))
-            except (BlockingIOError, OSError):
-                return
-            if not message:
-                return
-            _, _, entries = read_message(message, Kind.REQUESTS)
-            found = []
-            for slot, _, request_id, size in entries:
-                found.append(read_request(self.link.slots[slot], size))
-                assert found[-1].request_id == request_id
-                self.asked.append((slot, request_id))
-            self.messages.append(found)
-
-    def say(self, message: bytes) -> None:
-        self.link.connection.send(message)
-        self.link.sent[0] += 1
-
-    def settle(self, outcome: Outcome, count: int = 1, room: int = ANY_ROOM, seen: int = 0) -> list[int]:
-        """Settles the oldest requests; returns their ids."""
-        done, self.asked = self.asked[:count], self.asked[count:]
-        entries = []
-        for slot, request_id in done:
-            size = 0
-            if outcome is Outcome.PLANNED:
-                plan = make_plan(requests(1, request_id)[0], CHECKPOINT)
-                size = write_plans(self.link.slots[slot], [plan])
-            entries.append((slot, outcome, request_id, size))
-        self.say(write_message(Kind.NEWS, entries, room, seen))
-        return [request_id for _, request_id in done]
-
-
-def attached(shed: bool = True, geometry: Geometry = SMALL, max_batch: int = 4) -> tuple[MailboxPlanners, Peer]:
-    mailbox = MailboxPlanners(max_batch, shed=shed)
-    generators, pools = link_pair(geometry)
-    mailbox.attach(generators)
-    return mailbox, Peer(pools)
 
 
 # ------------------------------------------------------------------------------------------------------ out and in
@@ -369,90 +297,6 @@ def test_sizes_that_cannot_work_are_refused() -> None:
     pools.close()
 
 
-class Interleavings(RuleBasedStateMachine):
-    """Whatever happens in whatever order, every request is settled exactly once."""
-
-    @initialize(shed=st.booleans())
-    def begin(self, shed: bool) -> None:
-        self.mailbox = MailboxPlanners(3, shed=shed)
-        self.peer: Peer | None = None
-        self.submitted: list[int] = []
-        self.settled: list[int] = []
-
-    @rule(count=st.integers(1, 7), large=st.booleans())
-    def submit(self, count: int, large: bool) -> None:
-        asked = requests(count, len(self.submitted))
-        if large:
-            asked[-1] = dataclasses.replace(asked[-1], hidden_LD=np.zeros((100, 100), np.float32))
-        self.submitted += ids(asked)
-        self.mailbox.submit(asked)
-
-    @rule()
-    def poll(self) -> None:
-        self.note(self.mailbox.poll())
-
-    @precondition(lambda self: self.peer)
-    @rule(outcome=st.sampled_from([Outcome.PLANNED, Outcome.LOST, Outcome.SHED]), count=st.integers(0, 5))
-    def answer(self, outcome: Outcome, count: int) -> None:
-        self.peer.look()
-        self.peer.settle(outcome, count)
-
-    @precondition(lambda self: self.peer)
-    @rule(noise=st.binary(min_size=1, max_size=60))
-    def lie(self, noise: bytes) -> None:
-        self.peer.say(noise)
-
-    @precondition(lambda self: self.peer)
-    @rule(slot=st.integers(0, 5), request_id=st.integers(0, 9), outcome=st.integers(0, 4))
-    def repeat(self, slot: int, request_id: int, outcome: int) -> None:
-        """An answer to a request that is not the pool's (any more)."""
-        if (slot, request_id) not in self.peer.asked and self.holder(slot) != request_id:
-            self.peer.say(write_message(Kind.NEWS, [(slot, outcome, request_id, 0)]))
-
-    def holder(self, slot: int) -> int | None:
-        self.peer.look()
-        return dict(self.peer.asked).get(slot)
-
-    @precondition(lambda self: self.peer)
-    @rule()
-    def die(self) -> None:
-        self.peer.link.close()
-        self.peer = None
-
-    @rule()
-    def replace(self) -> None:
-        generators, pools = link_pair()
-        self.mailbox.attach(generators)
-        self.peer = Peer(pools)
-        # The other end may be offered and offered again before it is looked at.
-        if len(self.submitted) % 2:
-            self.note(self.mailbox.poll())
-
-    @rule()
-    def give_up(self) -> None:
-        self.mailbox.give_up()
-
-    def note(self, arrivals: Arrivals) -> None:
-        self.settled += ids(arrivals.plans) + ids(arrivals.lost) + ids(arrivals.shed)
-
-    @invariant()
-    def nothing_comes_twice_or_unasked(self) -> None:
-        if hasattr(self, "mailbox"):
-            assert len(set(self.settled)) == len(self.settled) and set(self.settled) <= set(self.submitted)
-            assert self.mailbox.room() is None or self.mailbox.room() >= 0
-
-    def teardown(self) -> None:
-        if hasattr(self, "mailbox"):
-            self.mailbox.close()
-            self.note(self.mailbox.wait(self.submitted))
-            assert sorted(self.settled) == self.submitted
-            assert self.mailbox.stats()["open"] == 0
-
-
-TestInterleavings = Interleavings.TestCase
-TestInterleavings.settings = settings(max_examples=60, stateful_step_count=30)
-
-
 # ------------------------------------------------------------------------------------------------------ with a bridge
 
 
@@ -505,89 +349,3 @@ def test_the_decode_thread_is_never_stopped_by_a_pool_that_does_nothing() -> Non
         engine = Engine(CHECKPOINT, mailbox, EngineConfig(clock="wall"))
         assert run(engine, generations(tokens=40)) == expected
     assert mailbox.stats()["sent"] <= SLOTS.slots
-
-
-# ------------------------------------------------------------------------------------------------------ two processes
-
-POOL_PROCESS = """
-import sys
-from actors.bridge import Bridge
-from actors.link import connect
-from crsm.planners import Arrivals
-from tests.actors.mailboxes import FakePool
-from tests.fixtures import make_plan, tiny_checkpoint
-
-checkpoint = tiny_checkpoint()
-answer = lambda batch: Arrivals([make_plan(r, checkpoint) for r in batch if not r.generation_id.startswith("slow")])
-bridge = Bridge(connect((sys.argv[1], bytes.fromhex(sys.argv[2]))), FakePool(answer))
-print("here", flush=True)
-bridge.run()
-print("ended", flush=True)
-"""
-
-GENERATOR_PROCESS = """
-import sys, time
-from actors.link import Listener
-from actors.mailbox import MailboxPlanners
-from tests.actors.mailboxes import SMALL
-from tests.actors.test_mailbox import requests
-
-mailbox = MailboxPlanners(4)
-with Listener() as listener:
-    name, token = listener.invitation
-    print(name, token.hex(), flush=True)
-    mailbox.attach(listener.accept(SMALL, lambda: False))
-mailbox.submit(requests(3))
-print("asked", flush=True)
-time.sleep(3600)
-"""
-
-
-def test_a_pool_process_killed_in_the_middle_costs_what_it_had_and_another_is_attached() -> None:
-    mailbox = MailboxPlanners(4, shed=False)
-    asked = make_requests(CHECKPOINT, 3)
-    for turn in range(2):
-        with Listener() as listener:
-            name, token = listener.invitation
-            with python(POOL_PROCESS, name, token.hex()) as process:
-                link = listener.accept(SLOTS, lambda process=process: process.poll() is not None)
-                assert link is not None
-                mailbox.attach(link)
-                first, second, third = (dataclasses.replace(r, request_id=10 * turn + r.request_id) for r in asked)
-                slow = dataclasses.replace(third, generation_id="slow")
-                mailbox.submit([first, second, slow])
-                assert ids(mailbox.wait([second.request_id]).plans) == [first.request_id, second.request_id]
-                os.kill(process.pid, signal.SIGKILL)
-                assert ids(mailbox.wait([slow.request_id]).lost) == [slow.request_id]
-    assert mailbox.stats()["lost_with_peer"] == 2
-    mailbox.close()
-
-
-def test_a_generator_process_killed_ends_the_bridge() -> None:
-    with python(GENERATOR_PROCESS) as process:
-        assert process.stdout is not None
-        name, token = process.stdout.readline().split()
-        from actors.bridge import Bridge
-
-        pool = FakePool(lambda batch: Arrivals())
-        bridge = Bridge(connect((name, bytes.fromhex(token))), pool)
-        thread = threading.Thread(target=bridge.run)
-        thread.start()
-        assert process.stdout.readline() == "asked\n"
-        until(lambda: len(pool.batches) == 1)
-        os.kill(process.pid, signal.SIGKILL)
-        thread.join(60)
-        assert not thread.is_alive()
-    # The views that the pool may still look at are good: the memory goes with the last of them.
-    np.testing.assert_array_equal(pool.batches[0][2].hidden_LD, requests(3)[2].hidden_LD)
-
-
-def test_a_pool_process_ends_with_its_generator() -> None:
-    with Listener() as listener:
-        name, token = listener.invitation
-        with python(POOL_PROCESS, name, token.hex()) as process:
-            link = listener.accept(SMALL, lambda: process.poll() is not None)
-            assert link is not None and process.stdout is not None
-            link.close()
-            assert process.stdout.read().split() == ["here", "ended"]
-            assert process.wait(60) == 0
