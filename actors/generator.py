@@ -335,8 +335,16 @@ def start_generator(
     Stop it with :func:`stop_generator`; it also ends with the process that started it.
     """
     source = share(checkpoint)
-    actor = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=max_restarts)(GeneratorActor)
-    return actor.remote(source, [source], planners, engine, settings, threads, planner_cpus, planner_class)
+    actor_class = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=max_restarts)(GeneratorActor)
+    actor = actor_class.remote(source, [source], planners, engine, settings, threads, planner_cpus, planner_class)
+    if max_restarts:
+        # A restarted actor reads its arguments again. Ray keeps those for it, but not what is inside of a list.
+        _SOURCES[actor._actor_id.hex()] = source
+    return actor
+
+
+_SOURCES: dict[str, Any] = {}
+"""The weights of generators that may be restarted, until they are stopped."""
 
 
 def stop_generator(generator: Any, timeout: float = 30.0) -> None:
@@ -346,3 +354,4 @@ def stop_generator(generator: Any, timeout: float = 30.0) -> None:
     except ray.exceptions.RayError:  # dead already, or it does not answer
         pass
     ray.kill(generator)
+    _SOURCES.pop(generator._actor_id.hex(), None)
