@@ -363,8 +363,27 @@ void project_logits(const DecodeModel& model, const DecodeStep& step, int64_t be
     }
 }
 
+int64_t log_softmax(float* logits_V, int64_t vocab) {
+    float largest = logits_V[0];
+    for (int64_t n = 1; n < vocab; ++n) largest = logits_V[n] > largest ? logits_V[n] : largest;
+    int64_t likeliest = 0;
+    while (likeliest + 1 < vocab && logits_V[likeliest] != largest) ++likeliest;
+    VecF sums{};
+    by_vectors(0, vocab, [&](int64_t n, int64_t some) __attribute__((always_inline)) {
+        const VecF x = exp(load_some(logits_V + n, some) - largest);
+        if (some == kWidth) {
+            sums += x;
+        } else {
+            for (int64_t i = 0; i < some; ++i) sums[i] += x[i];
+        }
+    });
+    const float shift = largest + __builtin_logf(fold(sums));
+    for (int64_t n = 0; n < vocab; ++n) logits_V[n] -= shift;
+    return likeliest;
+}
+
 }  // namespace
 
-extern const DecodeTable decode_table = {embed, project_in, update_state, project_out, mix, project_logits};
+extern const DecodeTable decode_table = {embed, project_in, update_state, project_out, mix, project_logits, log_softmax};
 
 }  // namespace crsm::CRSM_ISA
