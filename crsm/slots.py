@@ -88,7 +88,7 @@ class Slots(Protocol):
         """
         ...
 
-    def step(self, token_B: Tensor, slots: Sequence[int], remember: int) -> Tensor:
+    def step(self, token_B: Tensor | Sequence[int], slots: Sequence[int], remember: int) -> Tensor:
         """Consumes one token per named slot, each named once; what is in force is carried along.
 
         Args:
@@ -100,6 +100,12 @@ class Slots(Protocol):
         Returns:
             Logits (B, V) of the named slots, in order.
         """
+        ...
+
+    def step_log_probs(
+        self, token_B: Tensor | Sequence[int], slots: Sequence[int], remember: int
+    ) -> tuple[Tensor, list[int]]:
+        """:meth:`step` to log-probabilities (B, V), and the likeliest token of every row (of equals the lowest)."""
         ...
 
     def free(self, slot: int) -> None:
@@ -233,8 +239,8 @@ class TorchSlots(Slots):
             self._expires[slot] = expires
 
     @torch.inference_mode()
-    def step(self, token_B: Tensor, slots: Sequence[int], remember: int) -> Tensor:
-        index = self._index(slots)
+    def step(self, token_B: Tensor | Sequence[int], slots: Sequence[int], remember: int) -> Tensor:
+        index, token_B = self._index(slots), torch.as_tensor(token_B, device=self._hidden_BLD.device)
         out = self._decoder.step(token_B, self._state.rows(index), donate=True)
         self._write(index, out.state)
         self._hidden_BLD[index] = out.hidden_BLD
@@ -249,6 +255,14 @@ class TorchSlots(Slots):
         for slot in slots:
             self._depth[slot] = min(self._depth[slot] + 1, remember)
         return self._decoder.logits(out.hidden_BLD)
+
+    @torch.inference_mode()
+    def step_log_probs(
+        self, token_B: Tensor | Sequence[int], slots: Sequence[int], remember: int
+    ) -> tuple[Tensor, list[int]]:
+        logits_BV = self.step(token_B, slots, remember)
+        likeliest: list[int] = logits_BV.argmax(dim=-1).tolist()
+        return logits_BV.log_softmax(dim=-1), likeliest
 
     def free(self, slot: int) -> None:
         self._expires[slot] = NEVER

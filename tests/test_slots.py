@@ -283,6 +283,18 @@ def check_that_a_slot_put_again_has_nothing_in_force(make: MakeSlots) -> None:
     assert_same_state(slots.save(0)[0], fresh[0])
 
 
+def check_that_log_probs_are_those_of_the_logits(make: MakeSlots) -> None:
+    slots = make(2)
+    slots.put([0, 1], *prefilled(0, 2))
+    held = [slots.save(slot) for slot in (0, 1)]
+    logits_BV = slots.step([3, 4], [1, 0], 1)
+    for slot in (0, 1):
+        slots.restore(slot, *held[slot])
+    log_probs_BV, likeliest = slots.step_log_probs(torch.tensor([3, 4]), [1, 0], 1)
+    torch.testing.assert_close(log_probs_BV, logits_BV.log_softmax(dim=-1), rtol=1e-6, atol=1e-6)
+    assert likeliest == logits_BV.argmax(dim=-1).tolist()
+
+
 CHECKS = [value for name, value in sorted(globals().items()) if name.startswith("check_that_")]
 
 

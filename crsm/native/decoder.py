@@ -84,7 +84,7 @@ class NativeDecoder:
         )
         self._has_head = has_head
         self._places: list[tuple[str, dict[str, Any], str]] = []
-        self._packed: list[tuple[dict[str, Any], str, Tensor, int | None, int]] = []
+        self._watch: Any = None
         self.refresh()
 
     @property
@@ -126,11 +126,12 @@ class NativeDecoder:
                     as_array(model.lm_head.weight),
                     self.threads,
                 )
-        self._packed = []
+        watch = require().Watch()
         for _, holder, key in self._places:
             parameter = holder[key]
             version = None if parameter.is_inference() else parameter._version  # inference tensors do not count
-            self._packed.append((holder, key, parameter, version, parameter.data_ptr()))
+            watch.add(holder, key, parameter, version, parameter.data_ptr())
+        self._watch = watch
 
     def step(self, token_B: Tensor, state: ModelState, donate: bool = False) -> StepOutput:
         """Consumes one token per sequence, as ``Backbone.step`` does.
@@ -260,12 +261,8 @@ class NativeDecoder:
 
     def renew(self) -> None:
         """Packs the weights again if they have changed."""
-        for holder, key, parameter, version, place in self._packed:
-            # Replaced, written to, or given other memory.
-            now = holder[key]
-            if now is not parameter or now.data_ptr() != place or (version is not None and now._version != version):
-                self.refresh()
-                return
+        if self._watch.changed():
+            self.refresh()
 
     def _check(self) -> None:
         for name, holder, key in self._places:

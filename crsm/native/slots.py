@@ -11,6 +11,7 @@ K convolution width, W positions remembered, E = H·P, R rank of a write.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,12 +86,23 @@ class SlotMemory:
     def step(self, token_B: Tensor | Sequence[int], slots: Sequence[int], remember: int) -> Tensor:
         self._renew()
         logits = np.empty((len(slots), self._vocab), np.float32)
-        tokens = token_B.numpy() if isinstance(token_B, Tensor) else token_B
-        self._core.step(tokens, slots, remember, logits, self._threads)
+        self._core.step(_plain(token_B), slots, remember, logits, self._threads)
         return torch.from_numpy(logits)
+
+    def step_log_probs(
+        self, token_B: Tensor | Sequence[int], slots: Sequence[int], remember: int
+    ) -> tuple[Tensor, list[int]]:
+        self._renew()
+        log_probs = np.empty((len(slots), self._vocab), np.float32)
+        likeliest = self._core.step_log_probs(_plain(token_B), slots, remember, log_probs, self._threads)
+        return torch.from_numpy(log_probs), likeliest
 
     def free(self, slot: int) -> None:
         self._core.free(slot)
+
+
+def _plain(token_B: Tensor | Sequence[int]) -> Any:
+    return token_B.numpy() if isinstance(token_B, Tensor) else token_B
 
 
 def _arrays(state: ModelState) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -236,10 +236,12 @@ void BoundSlots::steer(nb::handle slots, nb::handle positions, nb::handle tracke
     slots_->steer(numbers, now, keep, parsed, static_cast<float>(largest));
 }
 
-void BoundSlots::step(nb::handle tokens, nb::handle slots, int64_t remember, AnyArray logits, int threads) {
+BoundSlots::Tokens BoundSlots::checked_tokens(nb::handle tokens, nb::handle slots, int64_t remember,
+                                              const AnyArray& logits) const {
     const DecodeSizes& s = slots_->sizes();
-    const std::vector<int64_t> said = integers(tokens, "token_B"), numbers = checked_slots(slots);
-    check_length("token_B", said.size(), numbers.size());
+    Tokens checked_ones{integers(tokens, "token_B"), checked_slots(slots), nullptr};
+    const std::vector<int64_t>& said = checked_ones.said;
+    check_length("token_B", said.size(), checked_ones.slots.size());
     for (size_t row = 0; row < said.size(); ++row) {
         if (said[row] < 0 || said[row] >= s.vocab_size) {
             refuse("token_B[" + std::to_string(row) + "] = ", std::to_string(said[row]),
@@ -247,9 +249,21 @@ void BoundSlots::step(nb::handle tokens, nb::handle slots, int64_t remember, Any
         }
     }
     if (remember < 0) refuse("remember = ", std::to_string(remember), "at least 0");
-    float* logits_BV = checked<float>(logits, "logits_BV", {static_cast<int64_t>(said.size()), s.vocab_size});
+    checked_ones.logits_BV = checked<float>(logits, "logits_BV", {static_cast<int64_t>(said.size()), s.vocab_size});
+    return checked_ones;
+}
+
+void BoundSlots::step(nb::handle tokens, nb::handle slots, int64_t remember, AnyArray logits, int threads) {
+    const Tokens named = checked_tokens(tokens, slots, remember, logits);
     nb::gil_scoped_release release;
-    slots_->step(said, numbers, remember, logits_BV, threads);
+    slots_->step(named.said, named.slots, remember, named.logits_BV, threads);
+}
+
+std::vector<int64_t> BoundSlots::step_log_probs(nb::handle tokens, nb::handle slots, int64_t remember,
+                                                AnyArray log_probs, int threads) {
+    const Tokens named = checked_tokens(tokens, slots, remember, log_probs);
+    nb::gil_scoped_release release;
+    return slots_->step_log_probs(named.said, named.slots, remember, named.logits_BV, threads);
 }
 
 void BoundSlots::free(int64_t slot) {
@@ -270,6 +284,8 @@ void bind_slots(nb::module_& m) {
              nb::arg("writes"), nb::arg("largest"))
         .def("step", &BoundSlots::step, nb::arg("tokens"), nb::arg("slots"), nb::arg("remember"), nb::arg("logits"),
              nb::arg("threads") = 0)
+        .def("step_log_probs", &BoundSlots::step_log_probs, nb::arg("tokens"), nb::arg("slots"), nb::arg("remember"),
+             nb::arg("log_probs"), nb::arg("threads") = 0)
         .def("free", &BoundSlots::free, nb::arg("slot"));
 }
 

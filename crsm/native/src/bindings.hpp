@@ -14,5 +14,6 @@ void bind_mixer(nanobind::module_& m);
 void bind_scan(nanobind::module_& m);
 void bind_search(nanobind::module_& m);
 void bind_slots(nanobind::module_& m);
+void bind_watch(nanobind::module_& m);
 
 }  // namespace crsm

@@ -24,9 +24,17 @@ public:
     nb::tuple read(nb::handle slots, nb::handle layers, bool conv);
     void steer(nb::handle slots, nb::handle positions, nb::handle tracked, nb::list writes, double largest);
     void step(nb::handle tokens, nb::handle slots, int64_t remember, AnyArray logits, int threads);
+    std::vector<int64_t> step_log_probs(nb::handle tokens, nb::handle slots, int64_t remember, AnyArray log_probs,
+                                        int threads);
     void free(int64_t slot);
 
 private:
+    struct Tokens {
+        std::vector<int64_t> said, slots;
+        float* logits_BV;
+    };
+
+    Tokens checked_tokens(nb::handle tokens, nb::handle slots, int64_t remember, const AnyArray& logits) const;
     std::vector<int64_t> checked_slots(nb::handle slots) const;
     void check_slot(int64_t slot) const;
 

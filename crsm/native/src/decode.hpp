@@ -101,6 +101,8 @@ struct DecodeTable {
     // The fusion of finished residual streams, as project_out makes it on the way.
     void (*mix)(const DecodeModel&, const DecodeStep&);
     void (*project_logits)(const DecodeModel&, const DecodeStep&, int64_t begin, int64_t end);
+    // Logits of one row to log-probabilities, in place; returns the likeliest token, of equals the lowest.
+    int64_t (*log_softmax)(float* logits_V, int64_t vocab);
 };
 CRSM_DECLARE_TABLE(DecodeTable, decode_table)
 

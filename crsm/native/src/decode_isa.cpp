@@ -1,7 +1,7 @@
 // The phases of a decode step. Scratch and orchestration: decode.cpp.
 #include "decode.hpp"
 #include "gemm.hpp"
-#include "vec.hpp"
+#include "vec_tile.hpp"
 
 namespace crsm::CRSM_ISA {
 namespace {
@@ -9,7 +9,6 @@ namespace {
 constexpr int kWidth = kLanes<float>;
 static_assert(kPanel % kWidth == 0);
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Sum of the lanes, halves onto halves.
@@ -88,16 +87,18 @@ void embed(const DecodeModel& model, const DecodeStep& step, const float* norm_D
     }
 }
 
+// Calls body(n, count) for pieces of [begin, end) of one vector each; `count` is a constant but for the last one.
+template <typename F>
+inline void by_vectors(int64_t begin, int64_t end, F body) {
+    for (; begin + kWidth <= end; begin += kWidth) body(begin, kWidth);
+    if (begin < end) body(begin, end - begin);
+}
+
 // values ← silu(values · scale)
 inline void scale_silu(float* values, int64_t count, float scale) {
-    int64_t n = 0;
-    for (; n + kWidth <= count; n += kWidth) store(values + n, silu(load(values + n) * scale));
-    if (n < count) {
-        VecF v{};
-        for (int i = 0; n + i < count; ++i) v[i] = values[n + i] * scale;
-        v = silu(v);
-        for (int i = 0; n + i < count; ++i) values[n + i] = v[i];
-    }
+    by_vectors(0, count, [&](int64_t n, int64_t some) __attribute__((always_inline)) {
+        store_some(values + n, silu(load_some(values + n, some) * scale), some);
+    });
 }
 
 // Channels [begin, end) of one row: the window moves on by values · scale; values ← silu(convolution).
@@ -105,37 +106,33 @@ template <bool TAPS_FIRST>
 inline void convolve(const DecodeSizes& sizes, const DecodeLayer& layer, float* values_C, const float* window,
                      float* new_window, int64_t begin, int64_t end, float scale) {
     const int64_t C = sizes.conv_channels(), taps = sizes.d_conv - 1;
-    for (int64_t c = begin; c < end; c += kPanel) {
-        const int64_t count = smaller(kPanel, end - c);
-        float newest[kPanel], sum[kPanel];
-        for (int64_t i = 0; i < count; ++i) {
-            newest[i] = values_C[c + i] * scale;
-            sum[i] = 0;
-        }
+    by_vectors(begin, end, [&](int64_t c, int64_t some) __attribute__((always_inline)) {
+        const VecF newest = load_some(values_C + c, some) * scale;
+        VecF sum{};
         for (int64_t k = 0; k < taps; ++k) {
-            const float* weight = layer.conv_weight_KC + k * C + c;
-            const float* tap = TAPS_FIRST ? window + k * C + c : window + c * taps + k;
-            for (int64_t i = 0; i < count; ++i) sum[i] += weight[i] * tap[TAPS_FIRST ? i : i * taps];
-        }
-        const float* weight = layer.conv_weight_KC + taps * C + c;
-        for (int64_t i = 0; i < count; ++i) values_C[c + i] = sum[i] + weight[i] * newest[i] + layer.conv_bias_C[c + i];
-        // Ascending, so that the window may be moved in place.
-        if (TAPS_FIRST) {
-            for (int64_t k = 0; k < taps; ++k) {
-                const float* from = k + 1 < taps ? window + (k + 1) * C + c : newest;
-                float* to = new_window + k * C + c;
-                for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+            VecF tap{};
+            if (TAPS_FIRST) {
+                tap = load_some(window + k * C + c, some);
+                // Ascending, so that the window may be moved in place.
+                if (k > 0) store_some(new_window + (k - 1) * C + c, tap, some);
+            } else {
+                for (int64_t i = 0; i < some; ++i) tap[i] = window[(c + i) * taps + k];
             }
+            sum += load_some(layer.conv_weight_KC + k * C + c, some) * tap;
+        }
+        if (TAPS_FIRST) {
+            store_some(new_window + (taps - 1) * C + c, newest, some);
         } else {
-            for (int64_t i = 0; i < count; ++i) {
+            for (int64_t i = 0; i < some; ++i) {
                 const float* from = window + (c + i) * taps;
                 float* to = new_window + (c + i) * taps;
                 for (int64_t k = 0; k + 1 < taps; ++k) to[k] = from[k + 1];
                 to[taps - 1] = newest[i];
             }
         }
-        scale_silu(values_C + c, count, 1.0f);
-    }
+        sum += load_some(layer.conv_weight_KC + taps * C + c, some) * newest;
+        store_some(values_C + c, silu(sum + load_some(layer.conv_bias_C + c, some)), some);
+    });
 }
 
 void project_in(const DecodeModel& model, const DecodeLayer& weights, const DecodeStep& step, int64_t layer,
@@ -160,34 +157,60 @@ void project_in(const DecodeModel& model, const DecodeLayer& weights, const Deco
     }
 }
 
+// The sums of the lanes of as many vectors as a vector has lanes, each as `fold` makes it, in half the shuffles of two.
+inline VecF fold_all(VecF (&v)[kWidth]) {
+    VecI low, high;
+    for (int i = 0; i < kWidth; ++i) {
+        low[i] = i / 2 + (i % 2) * kWidth;
+        high[i] = low[i] + kWidth / 2;
+    }
+#pragma GCC unroll 4
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < half; ++i) {
+            v[i] = __builtin_shuffle(v[i], v[i + half], low) + __builtin_shuffle(v[i], v[i + half], high);
+        }
+    }
+    return v[0];
+}
+
 // h ← decay·h + input ⊗ B and y = h·C for the P rows of one head. VECTORS · kWidth = N.
 template <int VECTORS, bool PAST_CACHES>
-inline void move_head(const float* h, float* to, int64_t P, float decay, const float* input_P, const float* B_N,
-                      const float* C_N, float* y_P) {
+inline void move_head(const float* h, float* to, int64_t ahead, int64_t P, float decay, const float* input_P,
+                      const float* B_N, const float* C_N, float* y_P) {
     VecF b[VECTORS], c[VECTORS];
     for (int v = 0; v < VECTORS; ++v) {
         b[v] = load(B_N + v * kWidth);
         c[v] = load(C_N + v * kWidth);
     }
     const VecF a = broadcast(decay);
-    for (int64_t p = 0; p < P; ++p) {
+    const auto move_row = [&](int64_t p) __attribute__((always_inline)) {
         const VecF x = broadcast(input_P[p]);
+        const float* from = h + p * VECTORS * kWidth;
+        float* moved_to = to + p * VECTORS * kWidth;
         VecF sum{};
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) {
+            __builtin_prefetch(from + ahead + v * kWidth, 1, 3);
             const VecF added = x * b[v];
-            const VecF moved = a * load(h + v * kWidth) + added;
+            const VecF moved = a * load(from + v * kWidth) + added;
             if (PAST_CACHES) {
-                store_past_caches(to + v * kWidth, moved);
+                store_past_caches(moved_to + v * kWidth, moved);
             } else {
-                store(to + v * kWidth, moved);
+                store(moved_to + v * kWidth, moved);
             }
             sum += moved * c[v];
         }
-        y_P[p] = fold(sum);
-        h += VECTORS * kWidth;
-        to += VECTORS * kWidth;
+        return sum;
+    };
+    int64_t p = 0;
+    for (; p + kWidth <= P; p += kWidth) {
+        VecF sums[kWidth];
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) sums[i] = move_row(p + i);
+        store(y_P + p, fold_all(sums));
     }
+    for (; p < P; ++p) y_P[p] = fold(move_row(p));
 }
 
 inline void move_head_any(const float* h, float* to, int64_t P, int64_t N, float decay, const float* input_P,
@@ -215,19 +238,19 @@ inline void move_head_any(const float* h, float* to, int64_t P, int64_t N, float
 }
 
 template <int VECTORS>
-inline bool move_head_if(const float* h, float* to, bool past_caches, int64_t P, int64_t N, float decay,
+inline bool move_head_if(const float* h, float* to, bool past_caches, int64_t ahead, int64_t P, int64_t N, float decay,
                          const float* input_P, const float* B_N, const float* C_N, float* y_P) {
     if (N != VECTORS * kWidth) return false;
     if (past_caches) {
-        move_head<VECTORS, true>(h, to, P, decay, input_P, B_N, C_N, y_P);
+        move_head<VECTORS, true>(h, to, ahead, P, decay, input_P, B_N, C_N, y_P);
     } else {
-        move_head<VECTORS, false>(h, to, P, decay, input_P, B_N, C_N, y_P);
+        move_head<VECTORS, false>(h, to, ahead, P, decay, input_P, B_N, C_N, y_P);
     }
     return true;
 }
 
-// As torch has it: x itself where exp(x) would swallow the 1.
-inline float softplus(float x) { return x > 20.0f ? x : __builtin_log1pf(__builtin_expf(x)); }
+// So many heads further on, the state is brought near.
+constexpr int64_t kAhead = 2;
 
 void update_state(const DecodeModel& model, const DecodeLayer& weights, const DecodeStep& step, int64_t layer,
                   int64_t begin, int64_t end) {
@@ -237,17 +260,28 @@ void update_state(const DecodeModel& model, const DecodeLayer& weights, const De
     const float* ssm_in = step.ssm_in[layer];
     float* ssm_out = step.ssm_out[layer];
     const bool past_caches = step.past_caches && reinterpret_cast<uintptr_t>(ssm_out) % kVectorBytes == 0;
+    float dt_H[kWidth] = {};
     for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t row = unit / H, head = unit % H;
         const float* projected_M = step.projected_BM + row * M;
         const float *silu_z_P = projected_M + head * P, *x_P = projected_M + E + head * P;
         const float *B_N = projected_M + 2 * E, *C_N = B_N + N;
-        const float dt = softplus(projected_M[E + C + head] + weights.dt_bias_H[head]);
-        const float decay = __builtin_expf(dt * weights.A_H[head]);
-        step.decay_LBH[layer * step.decay_stride + row * H + head] = decay;
+        float* decay_H = step.decay_LBH + layer * step.decay_stride + row * H;
+        if (unit == begin || head % kWidth == 0) {
+            // For the heads from here on: a vector of them at once, as far as they are this call's.
+            const int64_t first = head / kWidth * kWidth, skipped = head - first;
+            const int64_t count = smaller(smaller(kWidth, H - first) - skipped, end - unit);
+            const VecF raw = load_some(projected_M + E + C + head, count) + load_some(weights.dt_bias_H + head, count);
+            const VecF dt = softplus(raw);
+            store_some(dt_H + skipped, dt, count);
+            store_some(decay_H + head, exp(dt * load_some(weights.A_H + head, count)), count);
+        }
+        const float dt = dt_H[head % kWidth], decay = decay_H[head];
         const int64_t place = step.place(row) * step.ssm_stride + head * P * N;
         const float *h = ssm_in + place, *norm_P = weights.gated_norm_E + head * P;
         float *to = ssm_out + place, *gated_P = step.gated_BE + row * E + head * P;
+        const int64_t later = smaller(unit + kAhead, end - 1);
+        const int64_t ahead = step.place(later / H) * step.ssm_stride + later % H * P * N - place;
         float squares = 0;
         for (int64_t p = 0; p < P; p += kPanel) {
             const int64_t count = smaller(kPanel, P - p);
@@ -255,10 +289,10 @@ void update_state(const DecodeModel& model, const DecodeLayer& weights, const De
             for (int64_t i = 0; i < count; ++i) input[i] = dt * x_P[p + i];
             const float* from = h + p * N;
             float* moved = to + p * N;
-            if (!move_head_if<1>(from, moved, past_caches, count, N, decay, input, B_N, C_N, y) &&
-                !move_head_if<2>(from, moved, past_caches, count, N, decay, input, B_N, C_N, y) &&
-                !move_head_if<4>(from, moved, past_caches, count, N, decay, input, B_N, C_N, y) &&
-                !move_head_if<8>(from, moved, past_caches, count, N, decay, input, B_N, C_N, y)) {
+            if (!move_head_if<1>(from, moved, past_caches, ahead, count, N, decay, input, B_N, C_N, y) &&
+                !move_head_if<2>(from, moved, past_caches, ahead, count, N, decay, input, B_N, C_N, y) &&
+                !move_head_if<4>(from, moved, past_caches, ahead, count, N, decay, input, B_N, C_N, y) &&
+                !move_head_if<8>(from, moved, past_caches, ahead, count, N, decay, input, B_N, C_N, y)) {
                 move_head_any(from, moved, count, N, decay, input, B_N, C_N, y);
             }
             for (int64_t i = 0; i < count; ++i) y[i] = (y[i] + weights.D_H[head] * x_P[p + i]) * silu_z_P[p + i];
@@ -329,8 +363,27 @@ void project_logits(const DecodeModel& model, const DecodeStep& step, int64_t be
     }
 }
 
+int64_t log_softmax(float* logits_V, int64_t vocab) {
+    float largest = logits_V[0];
+    for (int64_t n = 1; n < vocab; ++n) largest = logits_V[n] > largest ? logits_V[n] : largest;
+    int64_t likeliest = 0;
+    while (likeliest + 1 < vocab && logits_V[likeliest] != largest) ++likeliest;
+    VecF sums{};
+    by_vectors(0, vocab, [&](int64_t n, int64_t some) __attribute__((always_inline)) {
+        const VecF x = exp(load_some(logits_V + n, some) - largest);
+        if (some == kWidth) {
+            sums += x;
+        } else {
+            for (int64_t i = 0; i < some; ++i) sums[i] += x[i];
+        }
+    });
+    const float shift = largest + __builtin_logf(fold(sums));
+    for (int64_t n = 0; n < vocab; ++n) logits_V[n] -= shift;
+    return likeliest;
+}
+
 }  // namespace
 
-extern const DecodeTable decode_table = {embed, project_in, update_state, project_out, mix, project_logits};
+extern const DecodeTable decode_table = {embed, project_in, update_state, project_out, mix, project_logits, log_softmax};
 
 }  // namespace crsm::CRSM_ISA

@@ -20,7 +20,7 @@ constexpr int64_t kWorthATeam = 60'000'000;
 constexpr int64_t kSmallLayer = int64_t{512} << 10;
 
 // Rows that pass through a layer together: whole tiles of the products of every instruction set.
-constexpr int64_t kChunk = 12;
+constexpr int64_t kChunk = 24;
 
 // States of a batch beyond this do not stay in a cache from one token to the next.
 constexpr int64_t kCachedStates = int64_t{2} << 20;

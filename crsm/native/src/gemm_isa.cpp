@@ -174,6 +174,10 @@ void few_rows(const Problem& problem, bool accumulate, int64_t panel, int64_t en
         for (; panel + together <= end; panel += together) {
             block<type, ROWS, together, kVectors>(problem, 0, panel, 0, 0, length, accumulate, ahead);
         }
+        if constexpr (together == 4) {
+            if (end - panel == 3) return block<type, ROWS, 3, kVectors>(problem, 0, panel, 0, 0, length, accumulate, ahead);
+            if (end - panel == 2) return block<type, ROWS, 2, kVectors>(problem, 0, panel, 0, 0, length, accumulate, ahead);
+        }
         for (; panel < end; ++panel) block<type, ROWS, 1, kVectors>(problem, 0, panel, 0, 0, length, accumulate, ahead);
     } else {
         for (; panel < end; ++panel) {

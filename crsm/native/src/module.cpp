@@ -28,4 +28,5 @@ NB_MODULE(_crsm_native, m) {
     crsm::bind_mixer(m);
     crsm::bind_scan(m);
     crsm::bind_slots(m);
+    crsm::bind_watch(m);
 }

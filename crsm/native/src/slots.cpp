@@ -253,4 +253,15 @@ void Slots::step(const std::vector<int64_t>& tokens, const std::vector<int64_t>&
     }
 }
 
+std::vector<int64_t> Slots::step_log_probs(const std::vector<int64_t>& tokens, const std::vector<int64_t>& slots,
+                                           int64_t remember, float* log_probs_BV, int threads) {
+    step(tokens, slots, remember, log_probs_BV, threads);
+    std::vector<int64_t> likeliest;
+    const int64_t vocab = sizes().vocab_size;
+    for (size_t row = 0; row < slots.size(); ++row) {
+        likeliest.push_back(decode_table().log_softmax(log_probs_BV + static_cast<int64_t>(row) * vocab, vocab));
+    }
+    return likeliest;
+}
+
 }  // namespace crsm

@@ -58,6 +58,9 @@ public:
                const std::vector<char>& tracked, const std::vector<SlotWrite>& writes, float largest);
     void step(const std::vector<int64_t>& tokens, const std::vector<int64_t>& slots, int64_t remember, float* logits_BV,
               int threads);
+    // The same to log-probabilities; returns the likeliest tokens.
+    std::vector<int64_t> step_log_probs(const std::vector<int64_t>& tokens, const std::vector<int64_t>& slots,
+                                        int64_t remember, float* log_probs_BV, int threads);
 
 private:
     struct Steering {
