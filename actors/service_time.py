@@ -1,0 +1,65 @@
+"""How long a search will take: learned from the searches that have been answered. Pure: no clock, no threads.
+
+``seconds = overhead + steps · per_step + work · per_simulation``
+
+``steps`` is the largest budget of the batch: all trees take a simulation together, and a step reads the weights once,
+whatever the number of trees. ``work`` is the sum of the budgets over all trees. All three coefficients are ≥ 0.
+"""
+
+from __future__ import annotations
+
+_UNIT = 64.0
+"""Simulations of a typical search: brings the three terms to one scale."""
+
+
+class ServiceTime:
+    """A linear model with a memory of some twenty searches. One thread owns it.
+
+    An answer corrects the coefficients by the smallest change that explains a part of its error (normalised least mean
+    squares): answers of one kind are followed like a running mean, answers of different kinds tell the three terms
+    apart. Robust: a single search that took far longer than expected moves the estimate by a bounded factor; a lasting
+    change is followed in a few answers. Before the first answer every search is expected to take no time.
+    """
+
+    def __init__(self, rate: float = 0.2, outlier: float = 4.0) -> None:
+        """
+        Args:
+            rate: share of its error that an answer corrects.
+            outlier: an answer counts as at most this many times what was expected.
+        """
+        self._rate, self._outlier = rate, outlier
+        self.answers = 0
+        self.deviation = 0.0
+        """Running mean of the absolute error in seconds."""
+        self._overhead = self._per_step = self._per_work = 0.0
+
+    def observe(self, steps: int, work: int, seconds: float) -> None:
+        """A search with these budgets took so long, from its start to its answer's arrival."""
+        features = (1.0, steps / _UNIT, work / _UNIT)
+        expected = self.mean(steps, work)
+        if self.answers:
+            seconds = min(seconds, self._outlier * max(expected, 1e-6))
+        error = seconds - expected
+        rate = self._rate if self.answers else 1.0
+        step = rate * error / sum(feature * feature for feature in features)
+        self._overhead = max(0.0, self._overhead + step * features[0])
+        self._per_step = max(0.0, self._per_step + step * features[1])
+        self._per_work = max(0.0, self._per_work + step * features[2])
+        self.deviation += self._rate * (abs(error) - self.deviation) if self.answers else 0.0
+        self.answers += 1
+
+    def mean(self, steps: int, work: int) -> float:
+        """Seconds that such a search takes."""
+        return self._overhead + steps / _UNIT * self._per_step + work / _UNIT * self._per_work
+
+    def estimate(self, steps: int, work: int) -> float:
+        """Seconds within which such a search is back, as a rule: the mean and once the deviation."""
+        return self.mean(steps, work) + self.deviation
+
+    def affordable(self, seconds: float, trees: int) -> float:
+        """Simulations for each of this many trees so that the search is back within so many seconds."""
+        slope = (self._per_step + trees * self._per_work) / _UNIT
+        left = seconds - self._overhead - self.deviation
+        if left < 0:
+            return 0.0
+        return left / slope if slope > 0 else float("inf")
