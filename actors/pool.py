@@ -82,6 +82,7 @@ class PlannerPool:
         *,
         shed: bool,
         restart: RestartPolicy = DEFAULT_RESTART,
+        scaling: ScalingPolicy | None = None,
         num_cpus: float | None = None,
         planner_class: type = PlannerActor,
         clock: Callable[[], float] = time.monotonic,
@@ -96,6 +97,7 @@ class PlannerPool:
             shed: rank, merge, shrink and drop requests so that plans are in time; False for the virtual clock, which
                 waits.
             restart: when dead planners are started again.
+            scaling: how many planners there should be; None: what the settings say.
             num_cpus: CPUs that Ray reserves for each; None: what the settings say.
             planner_class: what each actor is.
             clock: seconds; the clock of the requests' deadlines.
@@ -112,9 +114,7 @@ class PlannerPool:
             restart=restart,
             # Under the virtual clock a search may take as long as it does: time must not change what is said.
             health=HealthPolicy(config.health_interval, config.health_timeout, config.search_timeout if shed else None),
-            scaling=None
-            if config.max_count is None
-            else ScalingPolicy(config.count, config.max_count, low=config.target_rate),
+            scaling=scaling or scaling_of(config),
         )
         self._source = share(checkpoint)
         self._actor_class = ray.remote(
@@ -463,6 +463,13 @@ class PlannerPool:
             **self._counts,
             **state.counts,
         )
+
+
+def scaling_of(config: PlannersConfig) -> ScalingPolicy | None:
+    """When planners are added and removed by the settings; None: never."""
+    if config.max_count is None:
+        return None
+    return ScalingPolicy(config.count, config.max_count, low=config.target_rate)
 
 
 def as_granted(request: PlanRequest, grant: Grant) -> PlanRequest:

@@ -35,18 +35,27 @@ class ServiceTime:
 
     def observe(self, steps: int, work: int, seconds: float) -> None:
         """A search with these budgets took so long, from its start to its answer's arrival."""
-        features = (1.0, steps / _UNIT, work / _UNIT)
         expected = self.mean(steps, work)
         if self.answers:
             seconds = min(seconds, self._outlier * max(expected, 1e-6))
         error = seconds - expected
-        rate = self._rate if self.answers else 1.0
-        step = rate * error / sum(feature * feature for feature in features)
-        self._overhead = max(0.0, self._overhead + step * features[0])
-        self._per_step = max(0.0, self._per_step + step * features[1])
-        self._per_work = max(0.0, self._per_work + step * features[2])
+        self._correct((1.0, steps / _UNIT, work / _UNIT), (self._rate if self.answers else 1.0) * error)
         self.deviation += self._rate * (abs(error) - self.deviation) if self.answers else 0.0
         self.answers += 1
+
+    def _correct(self, features: tuple[float, float, float], change: float) -> None:
+        """Moves the estimate for these features by ``change``; what a coefficient at 0 cannot do the others do."""
+        terms = [self._overhead, self._per_step, self._per_work]
+        movable = [0, 1, 2]
+        while movable and change:
+            step = change / sum(features[i] ** 2 for i in movable)
+            blocked = [i for i in movable if terms[i] + step * features[i] < 0]
+            for i in blocked or movable:
+                moved = max(-terms[i], step * features[i])
+                terms[i] += moved
+                change -= moved * features[i]
+            movable = [i for i in movable if i not in blocked] if blocked else []
+        self._overhead, self._per_step, self._per_work = (max(0.0, term) for term in terms)
 
     def mean(self, steps: int, work: int) -> float:
         """Seconds that such a search takes."""

@@ -47,6 +47,14 @@ def test_a_lasting_change_is_followed_and_a_single_outlier_is_not_believed() -> 
     assert service.mean(64, 64) == pytest.approx(0.001, rel=0.01)
 
 
+def test_a_cheap_search_corrects_an_estimate_that_was_far_too_high_by_its_share() -> None:
+    service = ServiceTime(rate=0.2)
+    service._per_work, service.answers = 1000.0, 1
+    for searches in range(1, 4):
+        service.observe(16, 16, 0.0)
+        assert service.mean(16, 16) == pytest.approx(250 * 0.8**searches)
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 256), st.integers(1, 128), st.floats(0, 10)), min_size=1),
     st.floats(0, 20),
