@@ -1,202 +1,289 @@
-"""Who gets a batch, what is shed, what a failure means: decisions of the planner pool, without Ray, threads or a clock.
+"""What is searched when, and what is shed: decisions of the planner pool, without Ray, threads or a clock.
 
 Invariants:
 
-* a batch is in exactly one place: waiting, in flight at one planner, or out (answered, shed, stranded, lost);
-* batches are sent oldest first, to the ready planner with the fewest in flight, never more than ``max_in_flight`` each;
-* under shedding at most one batch per planner waits beyond that, and the oldest goes first: a plan for the past is
-  worthless. Without shedding (virtual clock) batches wait as long as they must;
-* a batch waits only while a planner is ready or is about to start for the first time; else it is stranded at once;
-* a planner that died or cannot be reached costs what it had in flight, and is started again after a pause that doubles
-  with every failure in a row; an error of one deliberation costs its batch and nothing else;
-* news of a planner that has been replaced meanwhile (an older ``incarnation``) changes nothing.
+* a request is in exactly one place: waiting, in flight at one planner, or out (answered, shed, stranded, lost);
+* in order (``shed=False``, virtual clock): batches are sent as they were submitted, oldest first, and wait as long as
+  they must;
+* ranked (``shed=True``, wall clock): each request waits by itself, and a planner that has room gets as many as fit into
+  one search (:mod:`actors.ranking`, :mod:`actors.microbatch`). A request that cannot be back before it expires is shed,
+  and so is what the waiting room cannot hold. Once in a while one that looks too late is sent all the same, since the
+  estimate may be wrong and only answers correct it;
+* a request waits only while a planner is ready or is about to start for the first time; else it is stranded at once;
+* what planners do is up to :mod:`actors.fleet`: their deaths, restarts, stalls, replacements, and how many there are.
 """
 
 from __future__ import annotations
 
-import enum
-from collections import deque
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from actors.autoscaling import ScalingPolicy
+from actors.fleet import DEFAULT_RESTART, Batch, Failure, Fleet, Phase, RestartPolicy, Slot
+from actors.health import DEFAULT_HEALTH, HealthPolicy
+from actors.microbatch import Grant, as_asked, fill, hopeless, in_excess
+from actors.ranking import Ask, FairShare, Turn
+from actors.service_time import ServiceTime
 
-class Phase(str, enum.Enum):
-    """Where a planner is in its life."""
-
-    STARTING = "starting"
-    READY = "ready"
-    DOWN = "down"
-    """Dead; to be started again."""
-    RETIRED = "retired"
-    """Dead; not started again."""
-
-
-class Failure(str, enum.Enum):
-    """What came back instead of plans."""
-
-    PLANNER_ERROR = "planner_error"
-    """The deliberation refused its requests or failed; the actor is well."""
-    RESULT_LOST = "result_lost"
-    """The actor answered, or was never asked, and the message was lost (object store full, object evicted)."""
-    ACTOR_DIED = "actor_died"
-    UNREACHABLE = "unreachable"
-    """No connection. The planner is replaced: it holds nothing that the weights do not."""
-
-    @property
-    def is_fatal(self) -> bool:
-        """The planner has to be replaced."""
-        return self in (Failure.ACTOR_DIED, Failure.UNREACHABLE)
-
-
-@dataclass(frozen=True, slots=True)
-class RestartPolicy:
-    """When a planner that died is started again."""
-
-    first_delay: float = 0.1
-    """Seconds before the first restart in a row; doubled by each further one."""
-    max_delay: float = 30.0
-    max_restarts: int | None = None
-    """Restarts of one planner over its life; None: no bound."""
-
-    def delay(self, failures: int) -> float:
-        """Seconds to pause after this many failures in a row."""
-        # The exponent is bounded: a float cannot hold the doublings of a planner that fails for days.
-        return min(self.max_delay, self.first_delay * 2.0 ** min(failures - 1, 60))
-
-
-DEFAULT_RESTART = RestartPolicy()
-
-
-@dataclass(slots=True)
-class Slot:
-    """One planner's place in the pool; the actors that fill it, one after another, are its incarnations."""
-
-    phase: Phase = Phase.DOWN
-    incarnation: int = 0
-    in_flight: list[int] = field(default_factory=list)
-    """Batches, oldest first."""
-    failures: int = 0
-    """Deaths since it last answered."""
-    restart_at: float = 0.0
-
-    @property
-    def restarts(self) -> int:
-        return max(0, self.incarnation - 1)
+_NEVER = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What to do now, in this order."""
 
+    stop: tuple[int, ...] = ()
+    """Planners to kill: replaced for their health, or no longer needed."""
     start: tuple[int, ...] = ()
-    """Planners to start."""
-    send: tuple[tuple[int, int], ...] = ()
+    send: tuple[tuple[int, Batch], ...] = ()
     """(planner, batch)."""
+    ask: tuple[int, ...] = ()
+    """Planners to ask whether they live."""
+    cancel: tuple[int, ...] = ()
+    """Planners whose running search is to end."""
     shed: tuple[int, ...] = ()
-    """Batches to report lost: all planners are busy."""
+    """Requests to report as dropped: all planners are busy, or the plan would be too late."""
     stranded: tuple[int, ...] = ()
-    """Batches to report lost: there is no planner."""
+    """Requests to report as lost: there is no planner."""
+    lost: tuple[int, ...] = ()
+    """Requests to report as lost: their planner is replaced."""
 
 
 class PoolState:
-    """The pool as its dispatcher sees it. One thread owns it; time is passed in."""
+    """The pool as its dispatcher sees it. One thread owns it; time is passed in and never runs backwards."""
 
     def __init__(
-        self, count: int, max_in_flight: int, *, shed: bool = True, restart: RestartPolicy = DEFAULT_RESTART
+        self,
+        count: int,
+        max_in_flight: int,
+        *,
+        max_batch: int = 128,
+        max_waiting: int | None = None,
+        min_simulations: int = 16,
+        probe_interval: float = 0.5,
+        shed: bool = True,
+        restart: RestartPolicy = DEFAULT_RESTART,
+        health: HealthPolicy = DEFAULT_HEALTH,
+        scaling: ScalingPolicy | None = None,
     ) -> None:
         """
         Args:
-            count: planners.
+            count: planners at first.
             max_in_flight: batches sent to one planner and not yet answered.
-            shed: drop the oldest batch when all are busy; False: let it wait.
+            max_batch: requests of one search, where they are merged.
+            max_waiting: requests that wait; None: a batch for every sound planner, and one at least.
+            min_simulations: no budget is cut below this.
+            probe_interval: seconds without a search after which a request is sent that looks too late.
+            shed: rank, merge, shrink and shed; False: batches as submitted, in order.
             restart: when dead planners are started again.
+            health: when a planner is asked, and replaced.
+            scaling: how many planners there should be; None: always ``count``. Only where requests are shed.
         """
-        self.slots = [Slot() for _ in range(count)]
-        self.waiting: deque[int] = deque()
-        self.max_in_flight, self.shed, self.restart = max_in_flight, shed, restart
+        self.shed, self.max_batch = shed, max_batch
+        self.counts: Counter[str] = Counter()
+        self.service = ServiceTime()
+        self.fleet = Fleet(
+            count,
+            max_in_flight,
+            self.counts,
+            may_stall=shed,
+            restart=restart,
+            health=health,
+            scaling=scaling if shed else None,
+        )
+        self._bound, self._least, self._probe_interval = max_waiting, min_simulations, probe_interval
+        self._share = FairShare()
+        self._waiting: dict[int, Ask] = {}
+        self._groups: deque[tuple[Ask, ...]] = deque()
+        self._batches = 0
+        self._sent_at = -_NEVER
+        self._decided_at = 0.0
+        self._promised: float | None = None
+        """When this state said that it wants to be asked again."""
+
+    @property
+    def slots(self) -> list[Slot]:
+        return self.fleet.slots
 
     # ---------------------------------------------------------------- news
 
-    def arrived(self, batch: int) -> None:
-        """A new batch."""
-        self.waiting.append(batch)
+    def arrived(self, asks: Sequence[Ask]) -> None:
+        """New requests; in order, they are one batch."""
+        if self.shed:
+            self._waiting.update((ask.ticket, ask) for ask in asks)
+        elif asks:
+            self._groups.append(tuple(asks))
 
-    def ready(self, planner: int, incarnation: int) -> bool:
+    def ready(self, planner: int, incarnation: int, now: float) -> bool:
         """A planner has started. Whether that is news of its present incarnation."""
-        slot = self.slots[planner]
-        if slot.incarnation != incarnation or slot.phase is not Phase.STARTING:
-            return False
-        slot.phase = Phase.READY
-        return True
+        return self.fleet.ready(planner, incarnation, now)
 
-    def answered(self, planner: int, incarnation: int, batch: int) -> bool:
-        """Plans came back. Whether they are still asked for."""
-        slot = self.slots[planner]
-        if slot.incarnation != incarnation or batch not in slot.in_flight:
-            return False
-        slot.in_flight.remove(batch)
-        slot.failures = 0
-        return True
+    def heard(self, planner: int, incarnation: int, now: float) -> None:
+        """A planner has said that it lives."""
+        self.fleet.heard(planner, incarnation, now)
+
+    def answered(
+        self, planner: int, incarnation: int, number: int, now: float, spent: tuple[int, int] | None = None
+    ) -> Batch | None:
+        """Plans came back.
+
+        Args:
+            planner: who answers.
+            incarnation: of it.
+            number: of the batch.
+            now: seconds.
+            spent: largest budget and sum of the budgets that were really spent; None: those that were granted.
+
+        Returns:
+            The batch; None if nobody asks for it any more.
+        """
+        finished = self.fleet.finished(planner, incarnation, number, now)
+        if finished is None:
+            return None
+        batch, seconds = finished
+        self.slots[planner].failures = 0
+        self.service.observe(*(spent or (batch.steps, batch.work)), seconds)
+        in_time = sum(grant.ask.deadline is None or now <= grant.ask.deadline for grant in batch.grants)
+        self.fleet.settled(len(batch.grants), in_time)
+        self.counts["late"] += len(batch.grants) - in_time
+        return batch
 
     def failed(
-        self, planner: int, incarnation: int, failure: Failure, now: float, batch: int | None = None
+        self, planner: int, incarnation: int, failure: Failure, now: float, number: int | None = None
     ) -> tuple[int, ...]:
-        """Something went wrong, with one batch or with the planner itself. The batches that are lost by it."""
-        slot = self.slots[planner]
-        if slot.incarnation != incarnation or slot.phase not in (Phase.STARTING, Phase.READY):
-            return ()
-        if not failure.is_fatal:
-            if batch not in slot.in_flight:
-                return ()
-            slot.in_flight.remove(batch)
-            return (batch,)
-        lost, slot.in_flight = tuple(slot.in_flight), []
-        slot.failures += 1
-        bound = self.restart.max_restarts
-        if bound is not None and slot.restarts >= bound:
-            slot.phase = Phase.RETIRED
-        else:
-            slot.phase, slot.restart_at = Phase.DOWN, now + self.restart.delay(slot.failures)
-        return lost
+        """Something went wrong, with one batch or with the planner itself. The requests that are lost by it."""
+        if failure.is_fatal:
+            return self.fleet.die(planner, incarnation, now)
+        finished = None if number is None else self.fleet.finished(planner, incarnation, number, now)
+        return finished[0].tickets if finished else ()
 
     # ---------------------------------------------------------------- decisions
 
     def decide(self, now: float) -> Decision:
         """What is to be done at this time; the state counts it as done."""
-        start = []
-        for planner, slot in enumerate(self.slots):
-            if slot.phase is Phase.DOWN and slot.restart_at <= now:
-                slot.phase, slot.incarnation = Phase.STARTING, slot.incarnation + 1
-                start.append(planner)
-        send = []
-        while self.waiting and (chosen := self._least_loaded()) is not None:
-            batch = self.waiting.popleft()
-            self.slots[chosen].in_flight.append(batch)
-            send.append((chosen, batch))
+        if self.room() == 0:
+            self.fleet.was_full(max(0.0, now - self._decided_at))
+        self._decided_at = now
+        overslept = 0.0 if self._promised is None else now - self._promised
+        care = self.fleet.look_after(now, overslept, lambda batch: self.service.mean(batch.steps, batch.work))
+        stranded = () if self.fleet.worth_waiting() else self._clear()
         shed: list[int] = []
-        stranded: list[int] = []
-        if not self._worth_waiting():
-            stranded = list(self.waiting)
-            self.waiting.clear()
-        while self.shed and len(self.waiting) > len(self.slots):
-            shed.append(self.waiting.popleft())
-        return Decision(tuple(start), tuple(send), tuple(shed), tuple(stranded))
+        send = self._send_ranked(now, shed) if self.shed else self._send_in_order(now)
+        self._promised = self.wake_at()
+        return Decision(
+            stop=tuple(care.stop),
+            start=tuple(care.start),
+            send=tuple(send),
+            ask=tuple(care.ask),
+            cancel=tuple(care.cancel),
+            shed=tuple(shed),
+            stranded=stranded,
+            lost=tuple(care.lost),
+        )
 
     def wake_at(self) -> float | None:
         """When there will be something to decide without any news."""
-        return min((slot.restart_at for slot in self.slots if slot.phase is Phase.DOWN), default=None)
+        expiry = min((ask.expires for ask in self._waiting.values() if ask.expires is not None), default=_NEVER)
+        wake_at = min(self.fleet.timers_at, expiry)
+        return None if wake_at == _NEVER else wake_at
+
+    def room(self) -> int | None:
+        """How many requests would be taken now without dropping others; None: any number."""
+        if not self.shed:
+            return None
+        if not self.fleet.worth_waiting():
+            return 0
+        sound = [slot for slot in self.slots if slot.is_sound]
+        free = len(sound) * self.fleet.max_in_flight - sum(len(slot.in_flight) for slot in sound)
+        return max(0, free * self.max_batch + self._waiting_room(len(sound)) - len(self._waiting))
+
+    @property
+    def waiting(self) -> list[int]:
+        """Requests that were not sent."""
+        return [*self._waiting, *(ask.ticket for group in self._groups for ask in group)]
 
     def count(self, phase: Phase) -> int:
         return sum(slot.phase is phase for slot in self.slots)
 
-    def _least_loaded(self) -> int | None:
-        free = [
-            (len(slot.in_flight), planner)
-            for planner, slot in enumerate(self.slots)
-            if slot.phase is Phase.READY and len(slot.in_flight) < self.max_in_flight
-        ]
-        return min(free)[1] if free else None
+    # ---------------------------------------------------------------- sending
 
-    def _worth_waiting(self) -> bool:
-        return any(
-            slot.phase is Phase.READY or (slot.phase is Phase.STARTING and slot.incarnation == 1) for slot in self.slots
-        )
+    def _send_in_order(self, now: float) -> list[tuple[int, Batch]]:
+        send = []
+        while self._groups and (planner := self.fleet.least_loaded()) is not None:
+            send.append(self._send(planner, as_asked(self._groups.popleft()), now))
+        return send
+
+    def _send_ranked(self, now: float, shed: list[int]) -> list[tuple[int, Batch]]:
+        send: list[tuple[int, Batch]] = []
+        late = [ask for ask in self._waiting.values() if hopeless(ask, now, self.service, self._least)]
+        if late:
+            send += self._probe(late, now)
+            self._shed([ask for ask in late if ask.ticket in self._waiting], shed)
+        order: list[Turn] = []
+        while self._waiting and (planner := self.fleet.least_loaded()) is not None:
+            order = order or self._share.order(self._waiting.values())
+            turns, grants = fill(order, self._free_at(planner, now), self.service, self.max_batch, self._least)
+            if not turns:
+                break  # whoever comes next is free even later
+            self._share.serve(turns)
+            for turn in turns:
+                del self._waiting[turn.ask.ticket]
+            order = [turn for turn in order if turn.ask.ticket in self._waiting]
+            send.append(self._send(planner, grants, now))
+        bound = self._waiting_room(sum(slot.is_sound for slot in self.slots))
+        if len(self._waiting) > bound:
+            self._shed(in_excess(order or self._share.order(self._waiting.values()), bound, now), shed)
+        return send
+
+    def _probe(self, late: Sequence[Ask], now: float) -> list[tuple[int, Batch]]:
+        """One request that looks too late, if nothing has been sent for long: were the estimate wrong and everything
+        shed because of it, no answer would ever correct it."""
+        if now < self._sent_at + self._probe_interval:
+            return []
+        alive = [ask for ask in late if ask.expires is None or ask.expires > now]
+        planner = self.fleet.least_loaded() if alive else None
+        if planner is None:
+            return []
+        turns = self._share.order(alive)[:1]
+        self._share.serve(turns)
+        ask = self._waiting.pop(turns[0].ask.ticket)
+        self.counts["probes"] += 1
+        # Without a deadline: a search that is cut off would say little of how long one takes.
+        return [self._send(planner, (Grant(ask, min(self._least, ask.simulations), None),), now)]
+
+    def _send(self, planner: int, grants: tuple[Grant, ...], now: float) -> tuple[int, Batch]:
+        batch = Batch(self._batches, grants, now)
+        self._batches += 1
+        self._sent_at = now
+        self.fleet.send(planner, batch)
+        self.counts["batches"] += 1
+        self.counts["batched"] += len(grants)
+        self.counts["shrunk"] += sum(grant.is_shrunk for grant in grants)
+        return planner, batch
+
+    def _free_at(self, planner: int, now: float) -> float:
+        """When a planner will have done what it has, as far as one can tell."""
+        slot = self.slots[planner]
+        since = slot.searching_since
+        if since is None:
+            return now
+        first, *others = (self.service.mean(batch.steps, batch.work) for batch in slot.in_flight)
+        return max(now, since + first) + sum(others)
+
+    def _shed(self, asks: Sequence[Ask], shed: list[int]) -> None:
+        """Oldest first."""
+        tickets = sorted(ask.ticket for ask in asks)
+        for ticket in tickets:
+            del self._waiting[ticket]
+        self.fleet.settled(len(tickets), 0)
+        shed += tickets
+
+    def _clear(self) -> tuple[int, ...]:
+        stranded = tuple(self.waiting)
+        self._waiting.clear()
+        self._groups.clear()
+        return stranded
+
+    def _waiting_room(self, sound: int) -> int:
+        return self.max_batch * max(1, sound) if self._bound is None else self._bound

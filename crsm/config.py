@@ -270,13 +270,38 @@ class EngineConfig(Settings):
 class PlannersConfig(Settings):
     count: Annotated[int, Field(ge=0)] = 1
     """Planner threads or actors; 0: System 1 alone."""
+    max_count: Positive | None = None
+    """Actors at most: between ``count`` and this, as many as answer in time under the wall clock; None: ``count``."""
     threads: Positive = 1
     """Threads of torch inside one planner."""
     max_batch: Positive = 128
     """Requests of one search batch."""
     max_in_flight: Positive = 2
-    """Batches queued at one planner; more are shed, oldest first."""
+    """Batches queued at one planner."""
+    max_waiting: Positive | None = None
+    """Requests that wait for a planner under the wall clock, beyond which the least valuable are shed; None: one batch
+    for every planner that works."""
+    min_simulations: Positive = 16
+    """A search is not cut below this to meet its deadline."""
+    probe_interval: Annotated[float, Field(gt=0)] = 0.5
+    """Seconds without a search after which a request is tried that looks too late: the estimate may be wrong."""
+    target_rate: Probability = 0.9
+    """With ``max_count``: share of the requests to be answered by their deadline, below which planners are added."""
+    health_interval: Annotated[float, Field(gt=0)] = 1.0
+    """Seconds of silence after which an actor is asked whether it lives."""
+    health_timeout: Annotated[float, Field(gt=0)] = 15.0
+    """Seconds without an answer to that, after which the actor is replaced."""
+    search_timeout: Annotated[float, Field(gt=0)] = 60.0
+    """Wall clock: seconds after which a search is cancelled and, if that does not help, its actor replaced."""
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    """CPUs that Ray reserves for an actor; fractions share one."""
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _counts_are_ordered(self) -> PlannersConfig:
+        if self.max_count is not None and self.max_count < self.count:
+            raise ValueError(f"planners.max_count = {self.max_count}; allowed: at least count = {self.count}")
+        return self
 
 
 class OptimizerConfig(Settings):

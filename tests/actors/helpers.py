@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from actors.planner import PlannerActor
-from crsm.config import DeliberationConfig, EngineConfig, SamplingConfig
+from actors.pool import PlannerPool
+from crsm.config import DeliberationConfig, EngineConfig, PlannersConfig, SamplingConfig
 from crsm.engine import Engine
 from crsm.generation import GenerationRequest
 from crsm.model import Checkpoint
+from crsm.planners import Arrivals
 from crsm.types import Plan, PlanRequest, Token
 from tests.fixtures import PROMPT, FakePlanners
 
@@ -76,3 +80,34 @@ def slow_planner_class() -> type[PlannerActor]:
             return super().plan(requests, sent_at)
 
     return SlowPlanner
+
+
+@contextmanager
+def pool_of(checkpoint: Checkpoint, count: int = 1, **settings: Any) -> Iterator[PlannerPool]:
+    """A pool whose planners are ready; afterwards their processes must be gone."""
+    sizes = {name: settings.pop(name) for name in PlannersConfig.model_fields if name in settings and name != "count"}
+    config = PlannersConfig(count=count, **({"max_batch": 2, "num_cpus": 0.5} | sizes))
+    pool = PlannerPool(checkpoint, config, **({"shed": False} | settings))
+    pids: tuple[int, ...] = ()
+    try:
+        assert pool.wait_until_ready() == count
+        pids = pool.stats().pids
+        yield pool
+        pids += pool.stats().pids
+    finally:
+        pool.close()
+    # A killed process is there until the raylet has taken note of it.
+    until(lambda: not any(map(is_running, pids)), 15)
+
+
+def collect(pool: PlannerPool, count: int) -> Arrivals:
+    """Polls until this many requests are settled."""
+    found = Arrivals()
+
+    def enough() -> bool:
+        arrived = pool.poll()
+        found.add(arrived)
+        return len(found.plans) + len(found.lost) + len(found.shed) >= count
+
+    until(enough)
+    return found
