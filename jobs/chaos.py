@@ -91,7 +91,7 @@ def _run(
             seed,
             Path(folder),
             os.getpid(),
-            None if soak is None else MEMORY_EVERY,
+            None if soak is None else min(MEMORY_EVERY, 60 * soak / 20),
         )
         for number, phase in enumerate(phases):
             title = "soak" if soak is not None else f"chaos, {'paced' if phase.paced else 'unpaced'}"
