@@ -84,6 +84,21 @@ def record_all(engine: Engine, requests: list[GenerationRequest]) -> list[Record
     return list(records.values())
 
 
+def listening(generator: Any, record: Record, settings: DeliberationConfig) -> threading.Thread:
+    """A client of a generation without an end; notes how its stream broke off, if it does."""
+
+    def listen() -> None:
+        try:
+            for token in stream(generator, record, SamplingConfig(max_tokens=10**6), settings):
+                record.tokens.append(token)
+        except ray.exceptions.RayError as error:
+            record.error = type(error).__name__
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    return thread
+
+
 # ------------------------------------------------------------------------------------------------ plans
 
 REFUSED = {
@@ -251,20 +266,9 @@ def test_a_generator_that_is_killed_breaks_every_stream_and_another_one_says_the
     config = DeliberationConfig(channel="off", lag=1)
     expected = run(Engine(checkpoint), requests_of(40))
     first = start_generator(checkpoint, PlannersConfig(count=1), EngineConfig(clock="wall", pace=50), planner_cpus=0.5)
-    heard: dict[str, Record] = {}
-
-    def listen(request: GenerationRequest) -> None:
-        record = heard[request.generation_id] = Record(request.generation_id, request.prompt)
-        try:
-            for token in stream(first, record, SamplingConfig(max_tokens=10**6), config):
-                record.tokens.append(token)
-        except ray.exceptions.RayError as error:
-            record.error = type(error).__name__
-
-    clients = [threading.Thread(target=listen, args=(request,), daemon=True) for request in requests_of(40)]
-    for client in clients:
-        client.start()
-    until(lambda: len(heard) == 4 and all(len(record.tokens) > 2 for record in heard.values()))
+    heard = {request.generation_id: Record(request.generation_id, request.prompt) for request in requests_of(40)}
+    clients = [listening(first, record, config) for record in heard.values()]
+    until(lambda: all(len(record.tokens) > 2 for record in heard.values()))
     metrics = ray.get(first.metrics.remote())
     pids = [ray.get(first.ping.remote()), *metrics["pool"]["pids"]]
     os.kill(pids[0], signal.SIGKILL)
@@ -300,15 +304,10 @@ def test_a_pool_process_that_is_killed_costs_its_plans_and_is_replaced(
     )
     record = Record("g", PROMPT)
 
-    def listen() -> None:
-        for token in stream(generator, record, SamplingConfig(max_tokens=10**6), OFTEN):
-            record.tokens.append(token)
-
     def injections() -> int:
         return sum(token.injection is not None for token in list(record.tokens))
 
-    client = threading.Thread(target=listen, daemon=True)
-    client.start()
+    client = listening(generator, record, OFTEN)
     try:
         until(lambda: injections() > 5)
         before = actors_of(os.getpid())
