@@ -25,7 +25,7 @@ FAULTS_UNTIL = 0.45
 """Share of a round in which processes are hurt."""
 STORM_FROM, STORM_UNTIL = 0.2, 0.75
 """Shares of a round between which plans are made bad."""
-SHARE_OF_BAD_PLANS = 0.5
+SHARE_OF_BAD_PLANS = 0.7
 """In a storm."""
 
 
