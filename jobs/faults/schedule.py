@@ -23,9 +23,9 @@ CANCELS_PER_ROUND = 4
 """Of a whole round; a shorter one has fewer."""
 FAULTS_UNTIL = 0.45
 """Share of a round in which processes are hurt."""
-STORM_FROM, STORM_UNTIL = 0.2, 0.75
+STORM_FROM, STORM_UNTIL = 0.1, 0.75
 """Shares of a round between which plans are made bad."""
-SHARE_OF_BAD_PLANS = 0.7
+SHARE_OF_BAD_PLANS = 0.8
 """In a storm."""
 
 

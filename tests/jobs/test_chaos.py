@@ -72,8 +72,8 @@ def test_fates_depend_on_seed_and_request_alone_and_are_all_equally_likely():
     assert fates == [fate_of(3, request) for request in range(14_000)]
     assert fates[:100] != [fate_of(4, request) for request in range(100)]
     counts = collections.Counter(fates)
-    assert counts[None] == pytest.approx(4200, abs=300)
-    assert all(counts[kind] == pytest.approx(700, abs=130) for kind in BadPlan)
+    assert counts[None] == pytest.approx(2800, abs=300)
+    assert all(counts[kind] == pytest.approx(800, abs=140) for kind in BadPlan)
     assert all(fate_of(3, request, share=0) is None for request in range(100))
 
 
