@@ -208,16 +208,20 @@ def _print(results: dict[str, Any]) -> None:
         ("violations", str(results["violations"])),
         ("tokens, generations", f"{results['tokens']:,}, {results['generations']:,}"),
         ("plans, applied", f"{results['plans']:,}, {results['injections']:,}"),
-        ("planner kills", str(results["planner_kills"])),
-        ("bad plans", ", ".join(f"{kind} {count}" for kind, count in results["bad_plans"].items() if count)),
         ("hit rate, in calm", f"{_figure(rate['overall'])}, {_figure(rate['calm'])}"),
-        ("recovery, median and longest", f"{_figure(recovery['median'])} s, {_figure(recovery['max'])} s"),
     ]
     if "growth" in results:
         rows += [
             (f"growth of {name}", f"{one['growth_mb']:+.1f} MB of {one['own_mb']:.0f} ({one['growth']:+.2%})")
             for name, one in [("all", results["growth"]["overall"]), *results["growth"]["processes"].items()]
             if one["growth"] is not None
+        ]
+    else:
+        bad = results["bad_plans"].values()
+        rows += [
+            ("planner kills", str(results["planner_kills"])),
+            ("bad plans, of the rarest kind", f"{sum(bad):,}, {min(bad):,}"),
+            ("recovery, median and longest", f"{_figure(recovery['median'])} s, {_figure(recovery['max'])} s"),
         ]
     print_table("soak" if "growth" in results else "chaos", ["", ""], rows)
     for message in results["violation_messages"]:
