@@ -92,6 +92,8 @@ class PhaseResult:
     cancelled: int = 0
     tokens: int = 0
     injections: int = 0
+    plans: int = 0
+    """That planners made; the pool's own count begins anew with its process."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """The generator's last ones."""
     bad_plans: Counter[BadPlan] = field(default_factory=Counter)
@@ -152,6 +154,7 @@ class _Running:
         """When planners were killed from outside."""
         self._undo: list[tuple[float, Callable[[], object]]] = []
         self._ballast: list[Any] = []
+        self._plans_counted = 0
         self._generator = start_generator(
             campaign.checkpoint,
             campaign.planners,
@@ -221,6 +224,9 @@ class _Running:
 
     def _metrics(self) -> dict[str, Any]:
         metrics: dict[str, Any] = ray.get(self._generator.metrics.remote(), timeout=60)
+        plans = metrics.get("pool", {}).get("plans", 0)
+        self.result.plans += plans - self._plans_counted if plans >= self._plans_counted else plans
+        self._plans_counted = plans
         return metrics
 
     def _sample(self, now: float) -> None:

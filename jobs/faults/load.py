@@ -140,7 +140,8 @@ class Load:
             return [f"generation {record.generation_id}: the check failed: {type(error).__name__}: {error}"]
         asked = {token.injection.plan.request_id for token in record.tokens if token.injection is not None}
         with self._lock:
-            twice, self._applied = self._applied & asked, self._applied | asked
+            twice = self._applied & asked
+            self._applied |= asked
         return found + [f"the plan of request {request} was applied in two generations" for request in sorted(twice)]
 
 

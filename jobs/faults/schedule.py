@@ -20,11 +20,12 @@ from dataclasses import dataclass
 ROUND_SECONDS = 20.0
 KILLS_PER_ROUND = 4
 CANCELS_PER_ROUND = 4
+"""Of a whole round; a shorter one has fewer."""
 FAULTS_UNTIL = 0.45
 """Share of a round in which processes are hurt."""
-STORM_FROM, STORM_UNTIL = 0.2, 0.75
+STORM_FROM, STORM_UNTIL = 0.1, 0.75
 """Shares of a round between which plans are made bad."""
-SHARE_OF_BAD_PLANS = 0.5
+SHARE_OF_BAD_PLANS = 0.8
 """In a storm."""
 
 
@@ -59,7 +60,7 @@ EXTRAS = (
     EventKind.PRESSURE,
     EventKind.KILL_POOL,
 )
-"""Two of them in every round, each as often as the others."""
+"""Two of them in every round, one in a short one, each as often as the others."""
 
 
 class BadPlan(str, enum.Enum):
@@ -128,8 +129,9 @@ def schedule(seed: int, seconds: float) -> tuple[Phase, ...]:
     rounds = max(1, round(seconds / ROUND_SECONDS))
     unpaced = 0 if rounds == 1 else max(1, rounds // 3)
     length = seconds / rounds
-    extras = _in_turn(draw, 2 * rounds)
-    plan = [_round(draw, length, extras[2 * index : 2 * index + 2]) for index in range(rounds)]
+    each = 2 if length >= ROUND_SECONDS / 2 else 1
+    extras = _in_turn(draw, each * rounds)
+    plan = [_round(draw, length, extras[each * index : each * (index + 1)]) for index in range(rounds)]
     phases = [_phase(plan[: rounds - unpaced], length, paced=True)]
     if unpaced:
         phases.append(_phase(plan[rounds - unpaced :], length, paced=False))
@@ -152,9 +154,10 @@ def _in_turn(draw: random.Random, count: int) -> list[EventKind]:
 def _round(draw: random.Random, length: float, extras: Sequence[EventKind]) -> list[Event]:
     hurt = FAULTS_UNTIL * length
     events = [Event(STORM_FROM * length, EventKind.STORM, (STORM_UNTIL - STORM_FROM) * length)]
-    share = hurt / KILLS_PER_ROUND  # one in each: planners need seconds to start, and the dead cannot be killed
-    events += [Event((index + draw.random()) * share, EventKind.KILL) for index in range(KILLS_PER_ROUND)]
-    events += [Event(draw.uniform(0, STORM_UNTIL * length), EventKind.CANCEL) for _ in range(CANCELS_PER_ROUND)]
+    kills, cancels = (max(1, round(each * length / ROUND_SECONDS)) for each in (KILLS_PER_ROUND, CANCELS_PER_ROUND))
+    share = hurt / kills  # one in each: planners need seconds to start, and the dead cannot be killed
+    events += [Event((index + draw.random()) * share, EventKind.KILL) for index in range(kills)]
+    events += [Event(draw.uniform(0, STORM_UNTIL * length), EventKind.CANCEL) for _ in range(cancels)]
     # Whatever lasts is over before the calm.
     longest = min(3.0, (STORM_UNTIL - FAULTS_UNTIL) * length)
     events += [Event(draw.uniform(0, hurt), kind, draw.uniform(longest / 3, longest)) for kind in extras]

@@ -24,6 +24,7 @@ import ray
 
 from actors.cluster import ROOT, start_ray
 from actors.generator import start_generator, stop_generator
+from actors.planner import PlannerSettings
 from actors.pool import PlannerPool
 from crsm.config import DeliberationConfig, EngineConfig, PlannersConfig, SamplingConfig
 from crsm.engine import Engine, GenerationRequest
@@ -34,6 +35,8 @@ from jobs.faults.campaign import system_1
 from jobs.faults.invariants import Record, check_generation, check_settled
 from jobs.faults.load import stream
 from jobs.faults.planner import Orders, faulty_planner, read_ledger, start_clock
+from jobs.faults.processes import actors_of, signal_all
+from jobs.faults.processes import is_running as alive
 from jobs.faults.schedule import BadPlan, Event, EventKind, Phase, fate_of
 from tests.actors.helpers import PROMPTS, WALL, is_running, make_requests, run, until
 from tests.fixtures import PROMPT
@@ -79,6 +82,21 @@ def record_all(engine: Engine, requests: list[GenerationRequest]) -> list[Record
     for token in engine.generate(requests):
         records[token.generation_id].tokens.append(token)
     return list(records.values())
+
+
+def listening(generator: Any, record: Record, settings: DeliberationConfig) -> threading.Thread:
+    """A client of a generation without an end; notes how its stream broke off, if it does."""
+
+    def listen() -> None:
+        try:
+            for token in stream(generator, record, SamplingConfig(max_tokens=10**6), settings):
+                record.tokens.append(token)
+        except ray.exceptions.RayError as error:
+            record.error = type(error).__name__
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    return thread
 
 
 # ------------------------------------------------------------------------------------------------ plans
@@ -248,20 +266,9 @@ def test_a_generator_that_is_killed_breaks_every_stream_and_another_one_says_the
     config = DeliberationConfig(channel="off", lag=1)
     expected = run(Engine(checkpoint), requests_of(40))
     first = start_generator(checkpoint, PlannersConfig(count=1), EngineConfig(clock="wall", pace=50), planner_cpus=0.5)
-    heard: dict[str, Record] = {}
-
-    def listen(request: GenerationRequest) -> None:
-        record = heard[request.generation_id] = Record(request.generation_id, request.prompt)
-        try:
-            for token in stream(first, record, SamplingConfig(max_tokens=10**6), config):
-                record.tokens.append(token)
-        except ray.exceptions.RayError as error:
-            record.error = type(error).__name__
-
-    clients = [threading.Thread(target=listen, args=(request,), daemon=True) for request in requests_of(40)]
-    for client in clients:
-        client.start()
-    until(lambda: len(heard) == 4 and all(len(record.tokens) > 2 for record in heard.values()))
+    heard = {request.generation_id: Record(request.generation_id, request.prompt) for request in requests_of(40)}
+    clients = [listening(first, record, config) for record in heard.values()]
+    until(lambda: all(len(record.tokens) > 2 for record in heard.values()))
     metrics = ray.get(first.metrics.remote())
     pids = [ray.get(first.ping.remote()), *metrics["pool"]["pids"]]
     os.kill(pids[0], signal.SIGKILL)
@@ -279,6 +286,47 @@ def test_a_generator_that_is_killed_breaks_every_stream_and_another_one_says_the
             assert before[:40] == said[: len(before)]
     finally:
         stop_generator(second)
+
+
+@needs_ray
+def test_a_pool_process_that_is_killed_costs_its_plans_and_is_replaced(
+    small_store: None, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """The process that dispatches to the planners, known by its title; they end with it."""
+    sizes = checkpoint.config.model.backbone
+    generator = start_generator(
+        checkpoint,
+        PlannersConfig(count=1),
+        EngineConfig(clock="wall", pace=50),
+        PlannerSettings(world_model="exact"),  # it assumes what is then said: plans hit
+        planner_cpus=0.5,
+        planner_class=faulty_planner(Orders(0, Phase(1.0, True, (), ()), str(tmp_path), sizes.vocab_size)),
+    )
+    record = Record("g", PROMPT)
+
+    def injections() -> int:
+        return sum(token.injection is not None for token in list(record.tokens))
+
+    client = listening(generator, record, OFTEN)
+    try:
+        until(lambda: injections() > 5)
+        before = actors_of(os.getpid())
+        pools = [process for process in before if process.role == "pool"]
+        if not pools:
+            pytest.skip("planners are dispatched in the generator's own process")
+        assert signal_all(pools, signal.SIGKILL) == 1
+        until(lambda: not any(process.role != "generator" and alive(process) for process in before), 30)
+        said, applied = len(record.tokens), injections()
+        until(lambda: len(record.tokens) > said + 20)
+        until(lambda: injections() > applied + 5)
+        record.asked_to_cancel = True
+        ray.get(generator.cancel.remote("g"))
+        client.join(60)
+        assert check_settled(ray.get(generator.metrics.remote())) == []
+    finally:
+        stop_generator(generator)
+    rules = system_1(checkpoint, SamplingConfig(max_tokens=len(record.tokens)), OFTEN.max_lag)
+    assert check_generation(record, rules) == []
 
 
 # ------------------------------------------------------------------------------------------------ the head

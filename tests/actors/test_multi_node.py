@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster
 
 from actors.cluster import _inherited_path
 from actors.generator import start_generator, stop_generator
+from actors.planner import PlannerSettings
 from crsm.config import DeliberationConfig, EngineConfig, PlannersConfig, SamplingConfig
 from crsm.model import Checkpoint
 from crsm.types import Reason
@@ -66,6 +67,7 @@ def test_a_node_that_is_lost_costs_its_plans_only_and_a_new_one_takes_its_place(
         checkpoint,
         PlannersConfig(count=2, max_batch=1),
         EngineConfig(clock="wall", pace=20),
+        PlannerSettings(world_model="exact"),  # it assumes what is then said: plans hit
         num_cpus=1,
         planner_class=planner_class,
     )
