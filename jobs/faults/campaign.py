@@ -30,7 +30,8 @@ import torch
 from actors.generator import start_generator, stop_generator
 from actors.weights import share
 from crsm.config import DeliberationConfig, EngineConfig, PlannersConfig, SamplingConfig
-from crsm.engine import Engine, GenerationRequest
+from crsm.engine import Engine
+from crsm.generation import GenerationRequest
 from crsm.model import Checkpoint
 from jobs.command import Progress
 from jobs.faults.invariants import Rules, check_settled

@@ -27,8 +27,9 @@ from actors.generator import start_generator, stop_generator
 from actors.planner import PlannerSettings
 from actors.pool import PlannerPool
 from crsm.config import DeliberationConfig, EngineConfig, PlannersConfig, SamplingConfig
-from crsm.engine import Engine, GenerationRequest
+from crsm.engine import Engine
 from crsm.event_log import EventLog
+from crsm.generation import GenerationRequest
 from crsm.model import Checkpoint
 from crsm.types import PlanRequest, Reason
 from jobs.faults.campaign import system_1

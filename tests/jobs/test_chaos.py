@@ -106,7 +106,7 @@ def test_a_bad_plan_is_bad_as_announced_and_a_sound_one_is_sound(fate, seed):
     form[BadPlan.CONFIDENCE] = "confidence_L"
     # Whoever has no other fault must be bad by its form, and by that alone; the others look well.
     assert (malformed is None) is (fate not in form)
-    assert form.get(fate, "") in (malformed or "")
+    assert form.get(fate, "") in (malformed.message if malformed else "")
 
 
 def test_numbers_that_travel_as_bits_of_bfloat16_are_spoiled_as_such():
@@ -169,7 +169,7 @@ def a_record(said=SYSTEM_1, plan=None, at=FIRST + 2, **changes):
     ]
     if plan is not None:
         index = at + 1 - FIRST
-        tokens[index] = dataclasses.replace(tokens[index], injection=Injection(plan, at, (0.5, 0.5)))
+        tokens[index] = tokens[index]._replace(injection=Injection(plan, at, (0.5, 0.5)))
     return Record("mine", PROMPT, tokens, **changes)
 
 
@@ -240,8 +240,8 @@ def test_a_duplicated_token_is_found():
 
 def test_tokens_after_the_end_and_too_many_of_them_are_found():
     record = a_record((*SYSTEM_1, 17))
-    record.tokens[5] = dataclasses.replace(record.tokens[5], finished=True, finish_reason="stop")
-    record.tokens[6] = dataclasses.replace(record.tokens[6], finished=False, finish_reason=None)
+    record.tokens[5] = record.tokens[5]._replace(finished=True, finish_reason="stop")
+    record.tokens[6] = record.tokens[6]._replace(finished=False, finish_reason=None)
     found = check_generation(record, RULES)
     assert any("1 tokens after the last" in message for message in found)
     assert any("7 tokens; allowed: 6" in message for message in found)
@@ -249,13 +249,13 @@ def test_tokens_after_the_end_and_too_many_of_them_are_found():
 
 def test_an_end_without_a_reason_is_found():
     record = a_record()
-    record.tokens[-1] = dataclasses.replace(record.tokens[-1], finish_reason=None)
+    record.tokens[-1] = record.tokens[-1]._replace(finish_reason=None)
     assert "without a reason" in the_one(record)
 
 
 def test_a_token_of_another_generation_is_found():
     record = a_record()
-    record.tokens[3] = dataclasses.replace(record.tokens[3], generation_id="other")
+    record.tokens[3] = record.tokens[3]._replace(generation_id="other")
     assert the_one(record).endswith("names generation other")
 
 
@@ -275,8 +275,8 @@ def test_a_plan_at_a_wrong_position_is_found():
     strict = dataclasses.replace(RULES, max_lag=0)
     assert "allowed: up to 0 later" in the_one(a_record(plan=plan, at=FIRST + 3), strict)
     record = a_record(plan=plan)
-    moved = dataclasses.replace(record.tokens[3], injection=None)
-    record.tokens[4] = dataclasses.replace(record.tokens[4], injection=record.tokens[3].injection)
+    moved = record.tokens[3]._replace(injection=None)
+    record.tokens[4] = record.tokens[4]._replace(injection=record.tokens[3].injection)
     record.tokens[3] = moved
     assert "came with the token at" in the_one(record)
 
@@ -303,7 +303,7 @@ def test_a_bad_plan_that_was_applied_is_found(fate):
 def test_a_plan_that_was_applied_twice_is_found():
     record = a_record(plan=a_plan())
     again = Injection(a_plan(), FIRST + 3, (0.5, 0.5))
-    record.tokens[4] = dataclasses.replace(record.tokens[4], injection=again)
+    record.tokens[4] = record.tokens[4]._replace(injection=again)
     assert "was applied before" in the_one(record)
 
 
