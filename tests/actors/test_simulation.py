@@ -12,9 +12,17 @@ SEARCH = Costs(overhead=0.6, per_step=0.0, per_simulation=0.0, request_bytes=100
 
 
 def test_one_planner_answers_one_of_two_generations_in_time() -> None:
-    """A token a second, lag 0, no lateness: a plan has one second, and a search takes 0.6 s. The first request of a step
-    is back in time; the second would be back 0.2 s too late."""
-    outcome = simulate(1, Demand(2, 1.0, lag=0, max_lag=0), SEARCH, seconds=50, max_in_flight=1, max_batch=1, probe_interval=99)
+    """A token a second, lag 0, no lateness: a plan has one second, a search takes 0.6 s. The first request of a step
+    is back in time; the second would be back 0.2 s too late. The budget is the least there is: nothing can be cut."""
+    outcome = simulate(
+        1,
+        Demand(2, 1.0, lag=0, max_lag=0, simulations=16),
+        SEARCH,
+        seconds=50,
+        max_in_flight=1,
+        max_batch=1,
+        probe_interval=99,
+    )
     assert (outcome.due, outcome.asked, outcome.hits, outcome.in_time) == (100, 100, 50, 50)
     assert outcome.hit_rate == 0.5 and outcome.busy == pytest.approx(0.6)
     assert outcome.messages_per_second == 2.0 and outcome.bytes_per_second == 1000.0
