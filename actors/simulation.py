@@ -28,6 +28,8 @@ class Demand:
     lag: int = 2
     max_lag: int = 8
     simulations: int = 64
+    plan_every: int = 1
+    """Tokens between two requests of a generation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +144,12 @@ class _Simulation:
         heapq.heappush(self._events, (time, next(self._order), kind, what))
 
     def run(self) -> Outcome:
-        period = 1 / self._demand.tokens_per_second
+        token = 1 / self._demand.tokens_per_second
+        period = self._demand.plan_every * token
         steps = round(self._end / period)
         for step in range(steps):
             self._at(step * period, "step")
-        last = (steps - 1) * period + (1 + self._demand.lag + self._demand.max_lag) * period
+        last = (steps - 1) * period + (1 + self._demand.lag + self._demand.max_lag) * token
         while self._events and self._events[0][0] <= last:
             now, _, kind, what = heapq.heappop(self._events)
             if kind == "step":

@@ -38,9 +38,9 @@ def request_bytes(read_layers: int, element: int) -> int:
     return (L * D + read_layers * HP * N) * element
 
 
-def shapes() -> dict[str, tuple[Costs, float]]:
-    """What is simulated: costs, and the tokens per second of a generation."""
-    from actors.simulation import Costs
+def shapes() -> dict[str, tuple[Costs, Demand]]:
+    """What is simulated: costs, and what a generation asks for."""
+    from actors.simulation import Costs, Demand
 
     nano = Costs(
         overhead=1.0e-3,
@@ -58,12 +58,13 @@ def shapes() -> dict[str, tuple[Costs, float]]:
         per_step=0.3e-3,
         per_simulation=4.0e-6,
         request_bytes=request_bytes(READ_LAYERS, 2),
+        bandwidth=50e9,
     )
-    return {"nano, CPU": (nano, 20.0), "1.3b, GPU": (large, 20.0)}
+    return {"nano, CPU": (nano, Demand(1, 20.0)), "1.3b, GPU": (large, Demand(1, 20.0, plan_every=8))}
 
 
 def main(
-    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Simulated and counted.")] = 1.0,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Simulated and counted.")] = 2.0,
     quick: Annotated[
         bool, typer.Option("--quick", help="Few planners and generations: only shows that it runs.")
     ] = False,
@@ -80,20 +81,16 @@ def main(
         from crsm.evaluation.figures import check_figure_path
 
         check_figure_path(plot)
-    from actors.simulation import Demand
-
     counts, streams = (PLANNERS[:4], STREAMS[:1]) if quick else (PLANNERS, STREAMS)
     cases = [(name, many, planners) for name in shapes() for many in streams for planners in counts]
     rows = []
     with Progress("simulate pool", len(cases)) as progress:
         for done, (name, many, planners) in enumerate(cases, start=1):
-            costs, rate = shapes()[name]
-            rows.append(case(name, planners, Demand(many, rate), costs, seconds, seed))
+            costs, one = shapes()[name]
+            rows.append(case(name, planners, replace(one, generations=many), costs, seconds, seed))
             progress.update(done, **{name: rows[-1]["hit_rate"]})
     results: dict[str, Any] = {
-        "shapes": {
-            name: {"costs": asdict(costs), "tokens_per_second": rate} for name, (costs, rate) in shapes().items()
-        },
+        "shapes": {name: {"costs": asdict(costs), "demand": asdict(one)} for name, (costs, one) in shapes().items()},
         "request_bytes_1_3b": sizes(),
         "rows": rows,
     }
