@@ -41,6 +41,11 @@ class Phase(str, enum.Enum):
     """Stopped since it was not needed; may be started again."""
 
 
+MOST_ASKED = 8
+"""Planners that are asked in one turn, ..."""
+ASK_PAUSE = 0.1
+"""... and seconds until the next turn: a question is a Ray call, and a thousand at once would hold up the pool."""
+
 _ALIVE = (Phase.STARTING, Phase.READY, Phase.LEAVING)
 
 
@@ -321,8 +326,14 @@ class Fleet:
             care.stop.append(planner)
             return
         if verdict is Verdict.ASK:
-            slot.vitals.asked_at = now
-            care.ask.append(planner)
+            # In a large pool each is asked less often, so that all have their turn.
+            quiet = now - slot.vitals.heard_at
+            if quiet >= 1.25 * len(self.slots) * ASK_PAUSE / MOST_ASKED or len(self.slots) <= MOST_ASKED:
+                if len(care.ask) < MOST_ASKED:
+                    slot.vitals.asked_at = now
+                    care.ask.append(planner)
+                else:
+                    self._look_at(now + ASK_PAUSE)
         elif verdict is Verdict.CANCEL:
             slot.vitals.cancelled_at = now
             care.cancel.append(planner)

@@ -293,6 +293,20 @@ def test_when_all_planners_are_silent_a_quarter_is_replaced_at_a_time() -> None:
     assert [(round(now), len(planners)) for now, planners in stopped] == [(6, 2), (11, 2), (16, 2)]
 
 
+def test_a_large_pool_asks_its_planners_in_turns_and_leaves_none_out() -> None:
+    state = ready_pool(count=40)
+    asked: list[int] = []
+    now = 0.0
+    while now < 3.0:
+        decision = state.decide(now)
+        assert len(decision.ask) <= 8
+        for planner in decision.ask:
+            state.heard(planner, 1, now)
+        asked += decision.ask
+        now += 0.05
+    assert set(asked) == set(range(40))
+
+
 def test_a_pool_that_was_held_up_itself_replaces_nobody_for_it() -> None:
     state = ready_pool(count=2)
     assert state.decide(1.0).ask == (0, 1)
