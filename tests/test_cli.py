@@ -168,7 +168,12 @@ def test_inspect_shows_parts_sizes_layers_and_gates(crsm, tmp_path):
     model = tiny_checkpoint().model
     assert found["parts"]["together"]["parameters"] == sum(p.numel() for p in model.parameters())
     # Two layers: 4 heads of 8 × 8, and 3 inputs of 48 channels; the request also holds two residual streams of 16.
-    assert found["bytes"]["state of a generation"] == 4 * 2 * (4 * 8 * 8 + 48 * 3)
+    state = 4 * 2 * (4 * 8 * 8 + 48 * 3)
+    assert found["bytes"]["state of a generation"] == state
+    # Beside its state: the write in force, the residual streams, and the decays of the last 8 tokens.
+    running = state + 4 * 2 * (4 * 8 * 8 + 16 + 8 * 4)
+    assert found["bytes"]["running generation"] == running
+    assert found["bytes"]["running generations, 256 at most"] == 256 * running
     assert found["bytes"]["request to a planner, fp32"] == 4 * 2 * (4 * 8 * 8 + 16)
     assert found["bytes"]["request to a planner, bf16"] == 2 * 2 * (4 * 8 * 8 + 16)
     assert sum(found["layers"]["fusion"]) == pytest.approx(1.0)

@@ -12,6 +12,7 @@ from crsm import native
 from crsm.config import BackboneConfig, ModelConfig, SearchConfig
 from crsm.mamba_ssm import Mixer
 from crsm.model import PARTS, Checkpoint
+from crsm.slots import Slots
 from crsm.wire import WIRES, plan_shapes, request_shapes
 
 
@@ -19,7 +20,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Sizes and figures as plain data.
 
     Returns:
-        ``parts`` (parameters and bytes of each), ``bytes`` (state of a generation; request and plan in fp32 and bf16),
+        ``parts`` (parameters and bytes of each), ``bytes`` (state of a generation, of one that runs with
+        what is in force and remembered, and of all there may be; request and plan in fp32 and bf16),
         ``layers`` (fusion and consensus weights, slope and bias of the gates, per layer), ``fidelity`` (per task, a row
         per imagined step), and ``facts``.
     """
@@ -28,6 +30,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     width = model.backbone.embedding.weight.element_size()
     with torch.no_grad():
         fusion, consensus = model.fusion.weights_L.tolist(), model.critic.consensus_weights_L.tolist()
+    generation = Slots.bytes_per_slot(config.model.backbone, config.deliberation.max_lag)
     return {
         "parts": {
             **{part: {"parameters": counts[part], "bytes": counts[part] * width} for part in PARTS},
@@ -35,6 +38,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         },
         "bytes": {
             "state of a generation": model.backbone.initial_state(1).num_bytes,
+            "running generation": generation,
+            f"running generations, {config.engine.max_batch} at most": config.engine.max_batch * generation,
             **{
                 f"{message}, {wire}": size
                 for message, by_wire in _message_sizes(checkpoint).items()
