@@ -4,7 +4,7 @@
 // C = E + 2·N convolution channels, K convolution width, M = E + C + H columns of the input projection [z, x, B, C, dt],
 // J = ceil(D / kPanel) pieces of a residual row.
 //
-// A layer is three phases; inside a phase all tasks are independent, and rows are in all of them:
+// A layer is three phases; inside a phase all tasks are independent, and rows are independent through all of them:
 //   project_in    panels of the input projection, then for its own columns: silu(z), convolution and SiLU, dt
 //   update_state  (row, head): softplus, decay, h ← a·h + (dt·x) ⊗ B, y = h·C + D·x, gate; one pass over the state
 //   project_out   panels of the output projection, then for its own columns: residual, next norm's weight, fusion

@@ -71,18 +71,31 @@ inline V cut(V x, float largest) {
     return x > low ? x : low;
 }
 
-// sum ← h + cut(u ⊗ b · carried)
-inline void add_write(const LayerSteering& s, int64_t head, const float* h, float* sum) {
-    const float* u = s.u_RE + head * s.width_P;
-    const int64_t E = s.heads_H * s.width_P, N = s.state_N;
-    for (int64_t p = 0; p < s.width_P; ++p, h += N, sum += N) {
-        each(N, [&](int64_t n, auto tag) {
+// sum ← h + cut(u ⊗ b · carried) for one head; RANK factors, or as many as there are if that is 0.
+template <int RANK>
+inline void add_write_of(const LayerSteering& s, int64_t head, const float* h, float* sum) {
+    const int64_t P = s.width_P, E = s.heads_H * P, N = s.state_N, rank = RANK > 0 ? RANK : s.rank_R;
+    const float largest = s.largest, carried = s.carried_H[head];
+    const float *u = s.u_RE + head * P, *b_RN = s.b_RN;
+    each(N, [&](int64_t n, auto tag) __attribute__((always_inline)) {
+        decltype(tag) b[RANK > 0 ? RANK : 1];
+        for (int r = 0; r < RANK; ++r) b[r] = carried * get(b_RN + r * N + n, tag);
+        for (int64_t p = 0; p < P; ++p) {
             auto write = tag;
-            for (int64_t r = 0; r < s.rank_R; ++r) {
-                write += s.carried_H[head] * u[r * E + p] * get(s.b_RN + r * N + n, tag);
+            for (int64_t r = 0; r < rank; ++r) {
+                write += u[r * E + p] * (RANK > 0 ? b[RANK > 0 ? r : 0] : carried * get(b_RN + r * N + n, tag));
             }
-            put(sum + n, get(h + n, tag) + cut(write, s.largest));
-        });
+            put(sum + p * N + n, get(h + p * N + n, tag) + cut(write, largest));
+        }
+    });
+}
+
+inline void add_write(const LayerSteering& s, int64_t head, const float* h, float* sum) {
+    switch (s.rank_R) {
+        case 1: return add_write_of<1>(s, head, h, sum);
+        case 2: return add_write_of<2>(s, head, h, sum);
+        case 4: return add_write_of<4>(s, head, h, sum);
+        default: return add_write_of<0>(s, head, h, sum);
     }
 }
 
