@@ -363,11 +363,11 @@ WITHOUT_HEAD = """
 
 @needs_ray
 def test_without_a_head_tokens_go_on_for_a_grace_and_then_everything_ends(tmp_path: Path) -> None:
-    """The head of a local cluster dies and stays dead; Ray's grace of 60 s is cut to 3."""
+    """The head of a local cluster dies and stays dead; Ray's grace of 60 s is cut to 2."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "3",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "2",
     }
     ended = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(WITHOUT_HEAD)],
