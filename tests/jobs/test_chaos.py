@@ -477,6 +477,7 @@ def test_the_job_finds_no_violation_and_says_what_it_did(one_ray, tmp_path, caps
     assert set(results["hit_rate"]) == {"overall", "calm"}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_soak_says_how_every_process_grew(one_ray, tmp_path, capsys):
     save_checkpoint(tiny_checkpoint(), tmp_path / "tiny")
