@@ -49,6 +49,7 @@ class Pool(Protocol):
     def submit(self, requests: Sequence[PlanRequest]) -> None: ...
 
     def room(self) -> int | None: ...
+    def soonest(self) -> float: ...
 
     def take(self, timeout: float) -> Arrivals:
         """What comes back next; nothing, if nothing does within ``timeout`` seconds."""
@@ -196,7 +197,9 @@ class Bridge:
             for start in range(0, max(1, len(entries)), MAX_ENTRIES):
                 seen = self._seen
                 room = self._room()
-                message = write_message(Kind.NEWS, entries[start : start + MAX_ENTRIES], room, seen)
+                message = write_message(
+                    Kind.NEWS, entries[start : start + MAX_ENTRIES], room, seen, self._pool.soonest()
+                )
                 try:
                     self._link.connection.send(message)
                 except OSError:  # the generator is gone

@@ -36,6 +36,7 @@ from actors.records import (
     Outcome,
     read_message,
     read_plans,
+    read_soonest,
     write_message,
     write_request,
 )
@@ -107,6 +108,7 @@ class MailboxPlanners:
         """Batches that wait for slots."""
         self._settled = Arrivals()
         self._room, self._seen, self._sent_requests = 0, 0, 0
+        self._soonest = 0.0
         self._heard, self._look_at = 0, 0.0
         self._buffer = new_buffer()
         self._view = memoryview(self._buffer)
@@ -142,6 +144,9 @@ class MailboxPlanners:
             return len(self._free)
         # What the pool had not seen when it said so takes up room as well.
         return max(0, min(self._room - (self._sent_requests - self._seen), len(self._free)))
+
+    def soonest(self) -> float:
+        return self._soonest
 
     def poll(self) -> Arrivals:
         link = self._current()
@@ -321,6 +326,7 @@ class MailboxPlanners:
             self._counts.messages_received += 1
             try:
                 self._room, self._seen, entries = read_message(self._view[:size], Kind.NEWS)
+                self._soonest = read_soonest(self._view)
                 for slot, outcome, request_id, length in entries:
                     self._settle(link, slot, outcome, request_id, length)
             except Malformed as error:

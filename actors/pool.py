@@ -134,6 +134,7 @@ class PlannerPool:
         """Requests handed in; counted by the caller's thread, which alone writes it."""
         self._room: tuple[int | None, int] = self._state.room(), 0
         """The state's room, and how many requests it had taken then."""
+        self._soonest = 0.0
         self._typical = 0, 0
         """Steps and work of the last search."""
         self._last_error = ""
@@ -157,6 +158,9 @@ class PlannerPool:
         room, taken = self._room
         # What is still in the inbox has been promised a place already.
         return None if room is None else max(0, room - (self._submitted - taken))
+
+    def soonest(self) -> float:
+        return self._soonest
 
     def poll(self) -> Arrivals:
         found = Arrivals()
@@ -459,6 +463,7 @@ class PlannerPool:
         ready = [actor for _, actor in sorted(self._actors.items()) if actor.info is not None]
         room = 0 if ended and state.shed else state.room()
         self._room = room, self._counts["requests"]
+        self._soonest = state.soonest() if state.shed else 0.0
         self._stats = PoolStats(
             planners=dict(phases),
             pids=tuple(actor.info.pid for actor in ready if actor.info is not None),

@@ -197,6 +197,9 @@ class RemotePool:
     def room(self) -> int | None:
         return self.mailbox.room()
 
+    def soonest(self) -> float:
+        return self.mailbox.soonest()
+
     def poll(self) -> Arrivals:
         return self.mailbox.poll()
 

@@ -365,7 +365,7 @@ class Entry(NamedTuple):
 
 _MAGIC = 0x4D535243  # "CRSM"
 _HEAD = struct.Struct("<4IqQ")
-"""Magic, kind, entries, reserved; room, requests seen."""
+"""Magic, kind, entries, microseconds of the smallest search; room, requests seen."""
 _ENTRY = struct.Struct("<2IqQ")
 MAX_ENTRIES = 1024
 """Entries of one message at most: a message fits any socket's buffer."""
@@ -375,7 +375,9 @@ ANY_ROOM = -1
 """The pool takes any number of requests."""
 
 
-def write_message(kind: Kind, entries: Sequence[tuple[int, int, int, int]], room: int = 0, seen: int = 0) -> bytes:
+def write_message(
+    kind: Kind, entries: Sequence[tuple[int, int, int, int]], room: int = 0, seen: int = 0, soonest: float = 0.0
+) -> bytes:
     """A message, of at most ``MAX_ENTRIES`` entries.
 
     Args:
@@ -383,10 +385,11 @@ def write_message(kind: Kind, entries: Sequence[tuple[int, int, int, int]], room
         entries: as in :class:`Entry`.
         room: requests that the pool takes beyond those that it has; ``ANY_ROOM``.
         seen: requests that the pool had when it said so, since the two met.
+        soonest: seconds in which the smallest search would be back; 0: not known.
     """
     if len(entries) > MAX_ENTRIES:
         raise ValueError(f"{len(entries)} entries; allowed: at most {MAX_ENTRIES}")
-    head = _HEAD.pack(_MAGIC, kind, len(entries), 0, room, seen)
+    head = _HEAD.pack(_MAGIC, kind, len(entries), min(int(1e6 * soonest), 2**32 - 1), room, seen)
     return b"".join((head, *(_ENTRY.pack(*entry) for entry in entries)))
 
 
@@ -402,3 +405,9 @@ def read_message(message: memoryview, kind: Kind) -> tuple[int, int, Iterator[tu
     if magic != _MAGIC or found != kind or len(message) != _HEAD.size + count * _ENTRY.size:
         raise Malformed(f"magic {magic:#x}, kind {found}, {count} entries in {len(message)} bytes")
     return room, seen, _ENTRY.iter_unpack(message[_HEAD.size :])
+
+
+def read_soonest(message: memoryview) -> float:
+    """Seconds in which the smallest search would be back, of a message that :func:`read_message` has read."""
+    microseconds: int = _HEAD.unpack_from(message)[3]
+    return 1e-6 * microseconds

@@ -198,6 +198,10 @@ class PoolState:
         free = len(sound) * self.fleet.max_in_flight - sum(len(slot.in_flight) for slot in sound)
         return max(0, free * self.max_batch + self._waiting_room(len(sound)) - len(self._waiting))
 
+    def soonest(self) -> float:
+        """Seconds in which the smallest search sent now would be back, as a rule; 0: not known yet."""
+        return self.service.estimate(self._least, self._least) if self.service.answers else 0.0
+
     @property
     def waiting(self) -> list[int]:
         """Requests that were not sent."""

@@ -6,12 +6,13 @@ Invariants:
 * a plan is checked before it may touch a state: form, generation, position, target and version are those asked for;
 * under the wall clock nothing here waits; under the virtual clock a plan counts as there exactly when its target has
   come, and is waited for then;
-* planners without room are not asked: no snapshot is taken, and the refusal is counted.
+* planners without room are not asked, nor for plans that cannot be in time: no snapshot is taken, and it is counted.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,10 @@ from crsm.wire import to_wire
 
 _REQUEST_IDS = itertools.count()
 """Over all engines of the process: a plan left over from one can never be taken for an answer to another."""
+
+
+PROBE_SECONDS = 1.0
+"""While every plan would be too late, one is asked for so often all the same."""
 
 
 class _Asked(NamedTuple):
@@ -96,6 +101,8 @@ class Deliberation:
         self._early: list[Plan] = []
         """Virtual clock: plans that arrived before their time."""
         self._expected_gate = ExpectedGate()
+        self._asked_at = -math.inf
+        """When planners were last asked for a plan that could be in time, or to see whether one could."""
         self._ids_from = self._newest_id = next(_REQUEST_IDS)
         self.renew(checkpoint)
 
@@ -131,8 +138,13 @@ class Deliberation:
         if not due:
             return
         room = self._planners.room()
-        if room is not None and room < len(due) and not (due := self._worthiest(due, room, slots)):
-            return
+        probing = False
+        if room is not None:
+            due, probing = self._in_time(due, began, seconds_per_token)
+            if room < len(due):
+                due = self._worthiest(due, room, slots)
+            if not due:
+                return
         hidden_BLD, ssm_BLHPN, conv_BLCK = slots.read(
             [generation.slot for generation in due], self._world_model.read_layers, self._world_model.needs_conv
         )
@@ -143,7 +155,7 @@ class Deliberation:
         requests = []
         for place, generation in enumerate(due):
             lag = generation.request.deliberation.lag
-            deadline, expires = self._times(generation, began, seconds_per_token)
+            deadline, expires = (None, None) if probing else self._times(generation, began, seconds_per_token)
             requests.append(
                 PlanRequest(
                     request_id=next(_REQUEST_IDS),
@@ -239,11 +251,40 @@ class Deliberation:
         deadline = now + (1 + settings.lag) * seconds_per_token
         return deadline, deadline + settings.max_lag * seconds_per_token
 
+    def _in_time(
+        self, due: list[Generation], began: float, seconds_per_token: float | None
+    ) -> tuple[list[Generation], bool]:
+        """Those whose plans can be there before they are worthless; the others are counted as declined.
+
+        If there is none for a while, one is asked for all the same, without a deadline, and the second result is true:
+        planners may have become faster.
+        """
+        assert self._planners is not None
+        soonest = self._planners.soonest()
+        if soonest == 0:
+            return due, False
+        now = self._clock()
+        earliest, kept = now + soonest, []
+        for generation in due:
+            _, expires = self._times(generation, began, seconds_per_token)
+            if expires is None or expires >= earliest:
+                kept.append(generation)
+        if kept:
+            self._asked_at = now
+        elif now - self._asked_at > PROBE_SECONDS:
+            self._asked_at = now
+            self._decline(len(due) - 1)
+            return due[:1], True
+        self._decline(len(due) - len(kept))
+        return kept, False
+
+    def _decline(self, count: int) -> None:
+        self._metrics.requests += count
+        self._metrics.outcomes[Reason.DECLINED] += count
+
     def _worthiest(self, due: list[Generation], room: int, slots: Slots) -> list[Generation]:
         """Those for which there is room; the others are counted as declined."""
-        declined = len(due) - room
-        self._metrics.requests += declined
-        self._metrics.outcomes[Reason.DECLINED] += declined
+        self._decline(len(due) - room)
         if room == 0:
             return []
         hidden_BLD, _, _ = slots.read([generation.slot for generation in due], (), False)

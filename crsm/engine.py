@@ -43,7 +43,7 @@ from crsm.prompts import Prompt, choose_prompts, consume_chunks
 from crsm.sampling import choose_token, mix_policy
 from crsm.saved_generation import SavedGeneration, check_saved, pack, restore_random, state_without_write, unpack
 from crsm.slots import make_slots
-from crsm.steering import Steering
+from crsm.steering import NEVER, Steering
 from crsm.types import Injection, ModelState, Token
 
 _FIRST_SLOTS = 8
@@ -127,6 +127,10 @@ class Engine:
         self._active: list[Generation] = []
         self._parked: dict[str, _Parked] = {}
         self._any_cancelled = False
+        self._paced = 0
+        """Speaking generations that have a pace."""
+        self._max_lag = 0
+        """The largest among those that speak, or have spoken beside them."""
         self._began = clock()
         self._interval: float | None = None
         """Mean seconds between two tokens of a generation without a pace."""
@@ -158,6 +162,7 @@ class Engine:
             prompt = self._first_turn(generation, request)
         generation = prompt.generation
         generation.forced = list(reversed(request.forced))
+        generation.stops = frozenset() if request.sampling.ignore_eos else self._terminal
         self._generations[generation.id] = generation
         self._waiting.append(prompt)
         if self._log:
@@ -318,36 +323,46 @@ class Engine:
         return speakers
 
     def _due_now(self) -> list[Generation]:
+        if not self._paced:
+            return self._active
         now = self._clock() - self._began
         return [g for g in self._active if g.request.pace is None or beat(now, g.request.pace) > g.tick]
 
     def _steer(self, speakers: list[Generation]) -> dict[int, Injection]:
-        """Writes what is due into the states; the injections by place among the speakers."""
-        injections = {}
+        """Writes what is due into the states, withdraws what is spent; the injections by place among the speakers."""
+        injections: dict[int, Injection] = {}
+        touched: list[Generation] = []
+        writes: dict[int, Injection] = {}
         for place, generation in enumerate(speakers):
+            injection = None
             if self._source is not None:
                 injection = self._source(generation.id, generation.position)
             elif generation.open_requests:
                 injection = self._deliberation.due(generation)
-            else:
-                continue
             if injection is not None:
-                injections[place] = injection
+                injections[place] = writes[len(touched)] = injection
+                touched.append(generation)
+                if any(injection.alpha_L) and generation.request.deliberation.withdraw:
+                    generation.steered_until = injection.plan.target + max(1, len(injection.plan.line))
                 self.metrics.applied(injection)
                 if self._log:
                     self._log.inject(injection)
-        self._slots.steer(
-            [generation.slot for generation in speakers],
-            injections,
-            [generation.position for generation in speakers],
-            [generation.request.deliberation.withdraw for generation in speakers],
-        )
+            elif generation.steered_until != NEVER and generation.steered_until <= generation.position:
+                generation.steered_until = NEVER
+                touched.append(generation)
+        if touched:
+            self._slots.steer(
+                [generation.slot for generation in touched],
+                writes,
+                [generation.position for generation in touched],
+                [generation.request.deliberation.withdraw for generation in touched],
+            )
         return injections
 
     def _consume(self, speakers: list[Generation], injections: dict[int, Injection]) -> list[Token]:
         # Only the virtual clock's own plans are never late; a replay may hold late ones under any clock.
         never_late = self.config.clock == "virtual" and self._source is None
-        remember = 0 if never_late else max(g.request.deliberation.max_lag for g in speakers)
+        remember = 0 if never_late else self._max_lag
         tokens = torch.tensor([generation.tokens[-1] for generation in speakers])
         logits_BV = self._slots.step(tokens, [generation.slot for generation in speakers], remember)
         said, ended = self._say(speakers, logits_BV.log_softmax(dim=-1), injections)
@@ -395,6 +410,8 @@ class Engine:
         picked = log_probs_BV.argmax(dim=-1).tolist()
         for row, generation in enumerate(generations):
             sampling = generation.request.sampling
+            if sampling.temperature == 0 and row not in injections and not generation.forced:
+                continue
             if (injection := injections.get(row)) is not None and injection.policy_weight > 0:
                 plan = injection.plan
                 tokens, probs = torch.tensor(plan.policy_tokens_A), torch.tensor(plan.policy_probs_A)
@@ -407,19 +424,13 @@ class Engine:
         logprobs = log_probs_BV[torch.arange(len(picked)), torch.tensor(picked)].tolist()
         said, ended = [], []
         for row, generation in enumerate(generations):
-            generation.say(picked[row])
+            position = generation.say(picked[row])
             if generation.request.pace is not None:
                 self._note_beat(generation, now)
-            reason = self._finish_reason(generation)
+            reason = generation.finish_reason()
             said.append(
                 Token(
-                    generation.id,
-                    generation.position,
-                    picked[row],
-                    logprobs[row],
-                    reason is not None,
-                    reason,
-                    injections.get(row),
+                    generation.id, position, picked[row], logprobs[row], reason is not None, reason, injections.get(row)
                 )
             )
             if reason is not None:
@@ -449,12 +460,6 @@ class Engine:
         for generation in generations:
             generation.said_at = now
 
-    def _finish_reason(self, generation: Generation) -> str | None:
-        sampling = generation.request.sampling
-        if generation.tokens[-1] in self._terminal and not sampling.ignore_eos:
-            return "stop"
-        return "length" if generation.generated >= sampling.max_tokens else None
-
     # ---------------------------------------------------------------- joining and leaving
 
     def _join(self, generation: Generation, state: ModelState, hidden_1LD: Tensor) -> None:
@@ -468,13 +473,17 @@ class Engine:
             self._slots.grow(min(2 * before, self.config.max_batch))
             self._free = list(range(before, self._slots.capacity))
         generation.slot = self._free.pop()
+        self._paced += generation.request.pace is not None
+        lag = generation.request.deliberation.max_lag
+        self._max_lag = max(self._max_lag, lag) if self._active else lag
 
     def _leave(self, generation: Generation) -> None:
         """Gives the slot back."""
         self._active.remove(generation)
         self._slots.free(generation.slot)
         self._free.append(generation.slot)
-        generation.slot = -1
+        self._paced -= generation.request.pace is not None
+        generation.slot, generation.steered_until = -1, NEVER
 
     def _end(self, generation: Generation) -> None:
         """Nothing of a generation is left."""
@@ -537,6 +546,7 @@ class Engine:
         assert saved is not None
         self._take_slot(generation)
         self._slots.restore(generation.slot, *unpack(saved))
+        generation.steered_until = saved.expires
         generation.said_at = self._clock()
         if generation.request.pace is not None:
             generation.tick = first_beat(self._clock() - self._began, generation.request.pace)
@@ -578,7 +588,7 @@ class Engine:
             position=generation.position,
             tokens=tuple(generation.tokens),
             generated=generation.generated,
-            finished=self._finish_reason(generation) is not None,
+            finished=generation.finish_reason() is not None,
             sampling=request.sampling,
             deliberation=request.deliberation,
             simulations=request.simulations,

@@ -8,6 +8,7 @@ import numpy as np
 
 from crsm.config import DeliberationConfig, SamplingConfig
 from crsm.saved_generation import SavedGeneration
+from crsm.steering import NEVER
 
 TOKENS_KEPT = 1024
 """Tokens that are remembered at least: what plans are compared with."""
@@ -60,6 +61,10 @@ class Generation:
     """Ids of requests that are not settled."""
     forced: list[int] = field(default_factory=list)
     """Tokens to say, the next one last."""
+    stops: frozenset[int] = frozenset()
+    """Tokens that end it."""
+    steered_until: int = NEVER
+    """Position before whose consumption the write in force is withdrawn."""
     cancelled: bool = False
 
     @property
@@ -67,13 +72,20 @@ class Generation:
         """Of the last token: the one about to be consumed."""
         return self.first + len(self.tokens) - 1
 
-    def say(self, token: int) -> None:
-        """Takes note of a token; forgets what no plan can be compared with any more."""
+    def say(self, token: int) -> int:
+        """Takes note of a token; forgets what no plan can be compared with any more. Returns the token's position."""
         self.tokens.append(token)
         self.generated += 1
         self.fresh = True
         if len(self.tokens) > 4 * TOKENS_KEPT:
             self._forget()
+        return self.first + len(self.tokens) - 1
+
+    def finish_reason(self) -> str | None:
+        """Why the turn is over by the last token, if it is."""
+        if self.tokens[-1] in self.stops:
+            return "stop"
+        return "length" if self.generated >= self.request.sampling.max_tokens else None
 
     def _forget(self) -> None:
         settings = self.request.deliberation

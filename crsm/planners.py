@@ -1,7 +1,7 @@
 """Planners as the engine sees them, and the two kinds that live in its own process.
 
-The protocol has three verbs that never block (``submit``, ``room``, ``poll``), one that does (``wait``), which only the
-virtual clock uses, and ``close``. The actor pool implements the same protocol.
+The protocol has verbs that never block (``submit``, ``room``, ``soonest``, ``poll``), one that does (``wait``), which
+only the virtual clock uses, and ``close``. The actor pool implements the same protocol.
 """
 
 from __future__ import annotations
@@ -52,6 +52,12 @@ class Planners(Protocol):
         Who asks for more than this wastes snapshots: all planners are busy, or there is none.
         """
 
+    def soonest(self) -> float:
+        """Seconds in which the smallest search handed over now would be back, as a rule; 0: not known. Never blocks.
+
+        Who asks for a plan that is worthless before that wastes a snapshot.
+        """
+
     def poll(self) -> Arrivals:
         """What is there. Never blocks."""
 
@@ -81,6 +87,9 @@ class InlinePlanners:
 
     def room(self) -> int | None:
         return None
+
+    def soonest(self) -> float:
+        return 0.0
 
     def poll(self) -> Arrivals:
         plans, self._plans = self._plans, []
@@ -137,6 +146,9 @@ class ThreadPlanners:
         if self._bound is None:
             return None
         return max(0, self._bound - self._todo.qsize()) * self._max_batch
+
+    def soonest(self) -> float:
+        return 0.0
 
     def poll(self) -> Arrivals:
         found = Arrivals()

@@ -26,6 +26,7 @@ from crsm.native.decoder import NativeDecoder
 from crsm.native.slots import SlotMemory, Write
 from crsm.steering import NEVER, Steering, advance, steer
 from crsm.types import Injection, LayerState, ModelState
+from crsm.wire import from_wire, is_wire
 
 
 class Slots(Protocol):
@@ -330,19 +331,12 @@ def _widened(injection: Injection) -> Injection:
     plan = injection.plan
     if plan.write_u_LRE.dtype == plan.write_b_LRN.dtype == np.float32:
         return injection
-    return replace(
-        injection,
-        plan=replace(plan, write_u_LRE=_float32(plan.write_u_LRE), write_b_LRN=_float32(plan.write_b_LRN)),
-    )
-
-
-def _float32(array: np.ndarray) -> np.ndarray:
-    """float32 as it is; uint16 are the upper halves of float32, bf16."""
-    if array.dtype != np.uint16:
-        return array
-    return (array.astype(np.uint32) << 16).view(np.float32)
+    u_LRE, b_LRN = from_wire(plan.write_u_LRE), from_wire(plan.write_b_LRN)
+    return replace(injection, plan=replace(plan, write_u_LRE=u_LRE, write_b_LRN=b_LRN))
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
-    """As the native core takes it: float32, or bf16 as uint16."""
-    return array if array.dtype.char in "fH" else array.astype(np.float32)
+    """As the native core reads it: float32 or the bits of bf16, without gaps."""
+    if is_wire(array) and array.flags.c_contiguous:
+        return array
+    return np.ascontiguousarray(array, array.dtype if is_wire(array) else np.float32)

@@ -123,7 +123,7 @@ class Reason(str, enum.Enum):
     SHED = "shed"
     """The planners dropped it: all were busy, or its plan would have come too late."""
     DECLINED = "declined"
-    """Never asked: the planners had no room, so no snapshot was taken."""
+    """Never asked: the planners had no room, or the plan would have come too late; no snapshot was taken."""
 
     @property
     def is_hit(self) -> bool:

@@ -170,6 +170,9 @@ class FakePlanners:
     def room(self) -> int | None:
         return None
 
+    def soonest(self) -> float:
+        return 0.0
+
     def poll(self) -> Arrivals:
         self._polls += 1
         ready = [item for item in self._coming if item[0] < self._polls]

@@ -474,6 +474,9 @@ class StalledPlanners:
     def room(self) -> int | None:
         return None
 
+    def soonest(self) -> float:
+        return 0.0
+
     def poll(self) -> Arrivals:
         return Arrivals([], [])
 

@@ -34,6 +34,9 @@ class AlteredPlanners:
     def room(self) -> int | None:
         return self._inner.room()
 
+    def soonest(self) -> float:
+        return self._inner.soonest()
+
     def poll(self) -> Arrivals:
         return self._altered(self._inner.poll())
 
@@ -176,6 +179,9 @@ class OraclePlanners:
 
     def room(self) -> int | None:
         return None
+
+    def soonest(self) -> float:
+        return 0.0
 
     def poll(self) -> Arrivals:
         plans, self._plans = self._plans, []

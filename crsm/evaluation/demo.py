@@ -295,6 +295,9 @@ class _Watched:
     def room(self) -> int | None:
         return self._inner.room()
 
+    def soonest(self) -> float:
+        return self._inner.soonest()
+
     def poll(self) -> Arrivals:
         arrivals = self._inner.poll()
         self.plans += arrivals.plans

@@ -26,6 +26,9 @@ class LentPlanners:
     def room(self) -> int | None:
         return self._inner.room()
 
+    def soonest(self) -> float:
+        return self._inner.soonest()
+
     def poll(self) -> Arrivals:
         return self._seen(self._inner.poll())
 

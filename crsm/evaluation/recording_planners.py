@@ -21,6 +21,9 @@ class RecordingPlanners:
     def room(self) -> int | None:
         return self._inner.room()
 
+    def soonest(self) -> float:
+        return self._inner.soonest()
+
     def poll(self) -> Arrivals:
         return self._kept(self._inner.poll())
 

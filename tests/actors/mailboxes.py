@@ -48,6 +48,9 @@ class FakePool:
         self.batches.append(list(requests))
         self._done.put(self._answer(requests))
 
+    def soonest(self) -> float:
+        return 0.0
+
     def room(self) -> int | None:
         return self.free
 
