@@ -40,7 +40,7 @@ from actors.records import (
     write_message,
     write_request,
 )
-from crsm.planners import Arrivals, split_batch
+from crsm.planners import NOTHING, Arrivals, split_batch
 from crsm.types import PlanRequest
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,10 @@ class MailboxPlanners:
                 self._receive(link)
         if self._queue:
             self._send_queued()
-        found, self._settled = self._settled, Arrivals()
+        found = self._settled
+        if not (found.plans or found.lost or found.shed):
+            return NOTHING
+        self._settled = Arrivals()
         return found
 
     def wait(self, request_ids: Collection[int]) -> Arrivals:

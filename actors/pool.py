@@ -463,7 +463,7 @@ class PlannerPool:
         ready = [actor for _, actor in sorted(self._actors.items()) if actor.info is not None]
         room = 0 if ended and state.shed else state.room()
         self._room = room, self._counts["requests"]
-        self._soonest = state.soonest() if state.shed else 0.0
+        self._soonest = state.soonest(self._clock()) if state.shed else 0.0
         self._stats = PoolStats(
             planners=dict(phases),
             pids=tuple(actor.info.pid for actor in ready if actor.info is not None),

@@ -198,9 +198,15 @@ class PoolState:
         free = len(sound) * self.fleet.max_in_flight - sum(len(slot.in_flight) for slot in sound)
         return max(0, free * self.max_batch + self._waiting_room(len(sound)) - len(self._waiting))
 
-    def soonest(self) -> float:
-        """Seconds in which the smallest search sent now would be back, as a rule; 0: not known yet."""
-        return self.service.estimate(self._least, self._least) if self.service.answers else 0.0
+    def soonest(self, now: float) -> float:
+        """Seconds in which the smallest search would be back that is handed over now, behind what is waiting and in
+        flight; 0: not known yet."""
+        sound = [planner for planner, slot in enumerate(self.slots) if slot.is_sound]
+        if not self.service.answers or not sound:
+            return 0.0
+        free = min(self._free_at(planner, now) for planner in sound) - now
+        work = sum(ask.simulations * ask.hypotheses for ask in self._waiting.values())
+        return free + self.service.mean(0, work) / len(sound) + self.service.estimate(self._least, self._least)
 
     @property
     def waiting(self) -> list[int]:

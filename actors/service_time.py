@@ -8,6 +8,8 @@ whatever the number of trees. ``work`` is the sum of the budgets over all trees.
 
 from __future__ import annotations
 
+_DROP = 0.6
+"""Share of its error that a search corrects which took far less than expected."""
 _UNIT = 64.0
 """Simulations of a typical search: brings the three terms to one scale."""
 
@@ -17,8 +19,9 @@ class ServiceTime:
 
     An answer corrects the coefficients by the smallest change that explains a part of its error (normalised least mean
     squares): answers of one kind are followed like a running mean, answers of different kinds tell the three terms
-    apart. Robust: a single search that took far longer than expected moves the estimate by a bounded factor; a lasting
-    change is followed in a few answers. Before the first answer every search is expected to take no time.
+    apart. Robust: a single search that took far longer than expected moves the estimate by a bounded factor; one that
+    took far less corrects the greater part of it, for a planner that was held up says nothing of one that is not. A lasting change
+    is followed in a few answers. Before the first answer every search is expected to take no time.
     """
 
     def __init__(self, rate: float = 0.2, outlier: float = 4.0) -> None:
@@ -39,8 +42,12 @@ class ServiceTime:
         if self.answers:
             seconds = min(seconds, self._outlier * max(expected, 1e-6))
         error = seconds - expected
-        self._correct((1.0, steps / _UNIT, work / _UNIT), (self._rate if self.answers else 1.0) * error)
-        self.deviation += self._rate * (abs(error) - self.deviation) if self.answers else 0.0
+        surprised = seconds < expected / self._outlier
+        rate = 1.0 if not self.answers else max(_DROP, self._rate) if surprised else self._rate
+        self._correct((1.0, steps / _UNIT, work / _UNIT), rate * error)
+        if self.answers:
+            # What a planner that was held up has left here is forgotten, not added to.
+            self.deviation += rate * ((0.0 if surprised else abs(error)) - self.deviation)
         self.answers += 1
 
     def _correct(self, features: tuple[float, float, float], change: float) -> None:

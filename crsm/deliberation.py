@@ -31,7 +31,7 @@ from crsm.latent_dynamics import WorldModel
 from crsm.metrics import PlanMetrics
 from crsm.model import Checkpoint
 from crsm.pace import time_of
-from crsm.planners import Arrivals, Planners
+from crsm.planners import NOTHING, Arrivals, Planners
 from crsm.slots import Slots
 from crsm.types import Channel, Injection, Plan, PlanRequest, Reason
 from crsm.wire import to_wire
@@ -129,12 +129,8 @@ class Deliberation:
         """
         if self._planners is None:
             return
-        due = []
-        for generation in generations:
-            if generation.fresh:
-                generation.fresh = False
-                if wants_plan(generation):
-                    due.append(generation)
+        due = [generation for generation in generations if generation.generated >= generation.ask_at]
+        due = [generation for generation in due if wants_plan(generation)] if due else due
         if not due:
             return
         room = self._planners.room()
@@ -311,7 +307,9 @@ class Deliberation:
         if self._planners is None:
             return
         if not self._virtual:
-            self._accept(self._planners.poll())
+            arrivals = self._planners.poll()
+            if arrivals is not NOTHING:
+                self._accept(arrivals)
             return
         if self._open or self._early:
             self._wait_until(
@@ -386,6 +384,8 @@ class Deliberation:
 
     def due(self, generation: Generation) -> Injection | None:
         """What is to be applied before the generation's last token is consumed."""
+        if generation.id not in self._buffer:
+            return None
         settings = generation.request.deliberation
         due = self._buffer.take(
             generation.id, generation.position, generation.tokens, generation.first, settings.max_lag
@@ -451,11 +451,13 @@ class Deliberation:
 
 
 def wants_plan(generation: Generation) -> bool:
-    """Whether a plan is to be asked for after a generation's last token."""
+    """Whether a plan is to be asked for after a generation's last token, which is due; says when the next one is."""
     settings = generation.request.deliberation
+    done = generation.generated - 1
+    generation.ask_at = done - done % settings.plan_every + settings.plan_every + 1
     if settings.max_plans is not None and generation.plans_asked >= settings.max_plans:
         return False
-    if generation.generated < 1 or (generation.generated - 1) % settings.plan_every:
+    if done % settings.plan_every:
         return False
     # A plan whose first effect would come after the last token is for nobody.
     return generation.generated + settings.lag < generation.request.sampling.max_tokens

@@ -71,6 +71,10 @@ class DeltaBuffer:
     def __len__(self) -> int:
         return sum(len(plans) for targets in self._plans.values() for plans in targets.values())
 
+    def __contains__(self, generation_id: str) -> bool:
+        """Whether a generation may have plans waiting."""
+        return generation_id in self._plans
+
     def put(self, plan: Plan) -> None:
         self._plans[plan.generation_id].setdefault(plan.target, []).append(plan)
 
@@ -101,6 +105,8 @@ class DeltaBuffer:
                 else:
                     usable.append(futures[matching[0]])
                     ranks.append(matching[0])
+        if not waiting:
+            self._plans.pop(generation_id, None)
         chosen = next((plan for plan in reversed(usable) if plan.confidence_L.any()), None)
         for plan in usable:
             if plan is chosen:

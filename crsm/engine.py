@@ -514,7 +514,7 @@ class Engine:
             generation.rng = restore_random(saved.random_state)
             generation.tokens, generation.generated = list(saved.tokens), saved.generated
             generation.first = saved.position + 1 - len(saved.tokens)
-            generation.plans_asked = saved.plans_asked
+            generation.plans_asked, generation.ask_at = saved.plans_asked, saved.generated + 1
             prompt = Prompt(generation, ())
         self._deliberation.adopt(generation, saved.plans)
         return prompt
@@ -527,7 +527,7 @@ class Engine:
         """
         generation.request = request
         generation.rng = np.random.default_rng(request.sampling.seed)
-        generation.generated, generation.plans_asked, generation.fresh = 0, 0, False
+        generation.generated, generation.plans_asked, generation.ask_at = 0, 0, 1
         generation.first, generation.tokens = saved.position + 1 + len(request.prompt), []
         consumed = (saved.tokens[-1], *request.prompt)
         last = saved.position + len(request.prompt)

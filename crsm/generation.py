@@ -54,8 +54,8 @@ class Generation:
     tick: int = -1
     """The beat of its pace at which it said its last token."""
     said_at: float = 0.0
-    fresh: bool = False
-    """Said a token that no plan was asked for yet."""
+    ask_at: int = 1
+    """Tokens of this turn after which the next plan is due."""
     plans_asked: int = 0
     open_requests: set[int] = field(default_factory=set)
     """Ids of requests that are not settled."""
@@ -76,7 +76,6 @@ class Generation:
         """Takes note of a token; forgets what no plan can be compared with any more. Returns the token's position."""
         self.tokens.append(token)
         self.generated += 1
-        self.fresh = True
         if len(self.tokens) > 4 * TOKENS_KEPT:
             self._forget()
         return self.first + len(self.tokens) - 1

@@ -40,6 +40,10 @@ class Arrivals:
         return {settled.request_id for part in (self.plans, self.lost, self.shed) for settled in part}
 
 
+NOTHING = Arrivals()
+"""Nothing came back; nobody may put anything into it. What ``poll`` returns most of the time costs no memory then."""
+
+
 class Planners(Protocol):
     """Whoever answers plan requests."""
 

@@ -43,9 +43,11 @@ class Load:
     deliberation: DeliberationConfig
     simulations: int
     pace: float | None = None
+    answers: bool = False
+    """Each ends with its answer, after at most so many tokens; else with the last of exactly so many."""
 
     def requests(self, prefix: str) -> list[GenerationRequest]:
-        sampling = SamplingConfig(max_tokens=self.tokens, ignore_eos=True)
+        sampling = SamplingConfig(max_tokens=self.tokens, ignore_eos=not self.answers)
         return [
             GenerationRequest(
                 prompt, sampling, self.deliberation, self.simulations, f"{prefix}-{index}", pace=self.pace
@@ -123,7 +125,7 @@ class Rig:
                 said += 1
                 left -= token.finished
         ended = time.perf_counter()
-        assert left == 0 and said == load.tokens * len(load.prompts), "every token, once"
+        assert left == 0 and (load.answers or said == load.tokens * len(load.prompts)), "every token, once"
         after = self.metrics()
         times = after["times"]
         return Seen(

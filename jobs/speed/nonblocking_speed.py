@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from crsm.config import Config, DeliberationConfig
+from crsm.config import Config, DeliberationConfig, EngineConfig
 from crsm.data.sequences import encode_prompt
 from crsm.model import Checkpoint, load_checkpoint
 from crsm.tasks import build_tasks
@@ -32,20 +32,27 @@ class Case:
     stalled: bool = False
     """Every planner sits on its requests for ten seconds."""
     pace: float | None = None
+    lag: int = 2
+    answers: bool = False
+    """Real answers, which end by themselves, instead of a number of tokens."""
 
+
+READ_LAYERS = (3, 7, 11, 14)
+"""Of the 10M shape; its messages are bf16."""
 
 CASES = {
     "nano": (
         Case("nano, 1 stream", 1, 20_000, repeats=7),
         Case("nano, 1 stream, planners stalled", 1, 20_000, repeats=8, stalled=True),
         Case("nano, 32 streams", 32, 3_000),
-        Case("nano, 16 streams at 50 tokens/s each", 16, 150, repeats=2, pace=50.0),
+        Case("nano, 64 answers at 50 tokens/s each", 64, 64, repeats=5, pace=50.0, answers=True),
     ),
     "10M": (
         Case("10M, 1 stream", 1, 1_500, repeats=7),
         Case("10M, 1 stream, planners stalled", 1, 1_500, repeats=8, stalled=True),
+        Case("10M, 1 stream, lag 32: plans are in time", 1, 1_500, repeats=7, lag=32),
         Case("10M, 16 streams", 16, 300),
-        Case("10M, 4 streams at 50 tokens/s each", 4, 150, repeats=2, pace=50.0),
+        Case("10M, 8 streams at 20 tokens/s each", 8, 80, repeats=2, pace=20.0),
     ),
 }
 QUICK_CASES = {
@@ -63,7 +70,8 @@ def nonblocking_rows(core: int | None, *, seed: int, progress: Progress, quick: 
     rows: list[Row] = []
     for shape, cases in (QUICK_CASES if quick else CASES).items():
         checkpoint = load_checkpoint("nano") if shape == "nano" else random_checkpoint(TEN_MILLION, seed)
-        on, off = Rig(checkpoint, 1, core), Rig(checkpoint, 0, core)
+        engine = EngineConfig(clock="wall", wire="fp32" if shape == "nano" else "bf16")
+        on, off = Rig(checkpoint, 1, core, engine=engine), Rig(checkpoint, 0, core, engine=engine)
         try:
             for case in cases:
                 rows += _rows(case, on, off, load_of(case, checkpoint, seed), pinned=core is not None)
@@ -78,15 +86,17 @@ def load_of(case: Case, checkpoint: Checkpoint, seed: int) -> Load:
     """Fresh problems of the first task, a plan every 4 tokens."""
     task = build_tasks(checkpoint.config.tasks)[0]
     problems = [task.generate(seed, "test", index) for index in range(case.streams)]
-    deliberation: DeliberationConfig = checkpoint.config.deliberation.model_copy(update={"lag": 2, "plan_every": 4})
+    deliberation: DeliberationConfig = checkpoint.config.deliberation.model_copy(
+        update={"lag": case.lag, "plan_every": 4}
+    )
     prompts = [tuple(encode_prompt(problem, checkpoint.tokenizer)) for problem in problems]
-    return Load(prompts, case.tokens, deliberation, checkpoint.config.search.simulations, case.pace)
+    return Load(prompts, case.tokens, deliberation, checkpoint.config.search.simulations, case.pace, case.answers)
 
 
 def random_checkpoint(shape: Shape, seed: int) -> Checkpoint:
     """A model of that shape with random weights, the vocabulary and the settings of the shipped one."""
     shipped = load_checkpoint("nano")
-    model = build(replace(shape, vocab_size=shipped.tokenizer.vocab_size), seed)
+    model = build(replace(shape, vocab_size=shipped.tokenizer.vocab_size), seed, read_layers=READ_LAYERS)
     config: Config = shipped.config.model_copy(update={"model": model.config.model, "name": shape.name})
     model.config = config
     return Checkpoint(model, shipped.tokenizer, trust_horizon=shipped.trust_horizon)

@@ -61,11 +61,20 @@ TINY = Shape("tiny", d_model=16, n_layer=2, d_state=8, headdim=8, vocab_size=24,
 """For tests of the benchmark itself."""
 
 
-def build(shape: Shape, seed: int, *, width: int = 128, device: str = "cpu", planners: bool = True) -> CRSM:
+def build(
+    shape: Shape,
+    seed: int,
+    *,
+    width: int = 128,
+    device: str = "cpu",
+    planners: bool = True,
+    read_layers: tuple[int, ...] | None = None,
+) -> CRSM:
     """Our model of that shape, ready for decoding: without gradients, in evaluation mode.
 
     Args:
         width: of the world model (G).
+        read_layers: whose memory planners read; None: all.
         planners: False: leave world model and writer as small as they can be, where only System 1 is measured.
     """
     import torch
@@ -73,7 +82,11 @@ def build(shape: Shape, seed: int, *, width: int = 128, device: str = "cpu", pla
     from crsm.config import Config, ModelConfig, WorldModelConfig, WriterConfig
     from crsm.model import CRSM
 
-    world_model = WorldModelConfig(width=width, decoder_width=256) if planners else WorldModelConfig(width=1)
+    world_model = (
+        WorldModelConfig(width=width, decoder_width=256, read_layers=read_layers)
+        if planners
+        else WorldModelConfig(width=1)
+    )
     config = Config(
         name=shape.name,
         model=ModelConfig(

@@ -47,12 +47,25 @@ def test_a_lasting_change_is_followed_and_a_single_outlier_is_not_believed() -> 
     assert service.mean(64, 64) == pytest.approx(0.001, rel=0.01)
 
 
-def test_a_cheap_search_corrects_an_estimate_that_was_far_too_high_by_its_share() -> None:
+def test_a_cheap_search_corrects_most_of_an_estimate_that_was_far_too_high() -> None:
     service = ServiceTime(rate=0.2)
     service._per_work, service.answers = 1000.0, 1
     for searches in range(1, 4):
         service.observe(16, 16, 0.0)
-        assert service.mean(16, 16) == pytest.approx(250 * 0.8**searches)
+        assert service.mean(16, 16) == pytest.approx(250 * 0.4**searches)
+
+
+def test_after_a_stall_a_few_answers_bring_the_estimate_back() -> None:
+    """Ten searches that hung for ten seconds each; five ordinary ones, and plans are expected in time again."""
+    service = ServiceTime()
+    for _ in range(20):
+        service.observe(64, 64, 0.003)
+    for _ in range(10):
+        service.observe(64, 64, 10.0)
+    assert service.estimate(64, 64) > 0.05
+    for _ in range(5):
+        service.observe(64, 64, 0.003)
+    assert service.estimate(64, 64) < 0.012
 
 
 @given(
