@@ -50,6 +50,11 @@ class Decision:
     """Requests to report as lost: their planner is replaced."""
 
 
+NOT_SOON = 3600.0
+"""Seconds until a plan could be back while no planner works."""
+_MARGIN_STEP, _MARGIN_BOUND = 2e-4, 0.1
+
+
 class PoolState:
     """The pool as its dispatcher sees it. One thread owns it; time is passed in and never runs backwards."""
 
@@ -98,6 +103,9 @@ class PoolState:
         self._groups: deque[tuple[Ask, ...]] = deque()
         self._batches = 0
         self._sent_at = -_NEVER
+        self._margin = 0.0
+        """Seconds that requests need until they are seen here, as far as one can tell: more whenever some came too late
+        to be sent, less with every answer."""
         self._decided_at = 0.0
         self._promised: float | None = None
         """When this state said that it wants to be asked again."""
@@ -144,6 +152,7 @@ class PoolState:
         batch, seconds = finished
         self.slots[planner].failures = 0
         self.service.observe(*(spent or (batch.steps, batch.work)), seconds)
+        self._margin *= 0.9
         in_time = sum(grant.ask.deadline is None or now <= grant.ask.deadline for grant in batch.grants)
         self.fleet.settled(len(batch.grants), in_time)
         self.counts["late"] += len(batch.grants) - in_time
@@ -201,12 +210,15 @@ class PoolState:
     def soonest(self, now: float) -> float:
         """Seconds in which the smallest search would be back that is handed over now, behind what is waiting and in
         flight; 0: not known yet."""
-        sound = [planner for planner, slot in enumerate(self.slots) if slot.is_sound]
-        if not self.service.answers or not sound:
+        if not self.service.answers:
             return 0.0
-        free = min(self._free_at(planner, now) for planner in sound) - now
+        sound = [planner for planner, slot in enumerate(self.slots) if slot.is_sound]
+        if not sound:
+            return NOT_SOON
+        free = min(self._free_at(planner, now) + self._overdue(planner, now) for planner in sound) - now
         work = sum(ask.simulations * ask.hypotheses for ask in self._waiting.values())
-        return free + self.service.mean(0, work) / len(sound) + self.service.estimate(self._least, self._least)
+        search = self.service.estimate(self._least, self._least)
+        return free + self.service.mean(0, work) / len(sound) + search + self._margin
 
     @property
     def waiting(self) -> list[int]:
@@ -230,6 +242,7 @@ class PoolState:
         if late:
             send += self._probe(late, now)
             self._shed([ask for ask in late if ask.ticket in self._waiting], shed)
+            self._margin = min(max(_MARGIN_STEP, 1.5 * self._margin), _MARGIN_BOUND)
         order: list[Turn] = []
         while self._waiting and (planner := self.fleet.least_loaded()) is not None:
             order = order or self._share.order(self._waiting.values())
@@ -280,6 +293,14 @@ class PoolState:
             return now
         first, *others = (self.service.mean(batch.steps, batch.work) for batch in slot.in_flight)
         return max(now, since + first) + sum(others)
+
+    def _overdue(self, planner: int, now: float) -> float:
+        """A search that has taken longer than expected may take as much longer again."""
+        slot = self.slots[planner]
+        if slot.searching_since is None:
+            return 0.0
+        first = slot.in_flight[0]
+        return max(0.0, now - slot.searching_since - self.service.mean(first.steps, first.work))
 
     def _shed(self, asks: Sequence[Ask], shed: list[int]) -> None:
         """Oldest first."""

@@ -20,8 +20,8 @@ class ServiceTime:
     An answer corrects the coefficients by the smallest change that explains a part of its error (normalised least mean
     squares): answers of one kind are followed like a running mean, answers of different kinds tell the three terms
     apart. Robust: a single search that took far longer than expected moves the estimate by a bounded factor; one that
-    took far less corrects the greater part of it, for a planner that was held up says nothing of one that is not. A lasting change
-    is followed in a few answers. Before the first answer every search is expected to take no time.
+    took far less corrects the greater part of it, for a planner that was held up says nothing of one that is not. A
+    lasting change is followed in a few answers. Before the first answer every search is expected to take no time.
     """
 
     def __init__(self, rate: float = 0.2, outlier: float = 4.0) -> None:

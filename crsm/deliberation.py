@@ -44,6 +44,10 @@ PROBE_SECONDS = 1.0
 """While every plan would be too late, one is asked for so often all the same."""
 
 
+QUIET_STEPS = 16
+"""While nothing is asked for, planners are looked at so often: for their room."""
+
+
 class _Asked(NamedTuple):
     """What a plan must fit. Without the snapshot, which stalled planners would pile up here."""
 
@@ -101,6 +105,8 @@ class Deliberation:
         self._early: list[Plan] = []
         """Virtual clock: plans that arrived before their time."""
         self._expected_gate = ExpectedGate()
+        self._unpolled = 0
+        """Steps since planners were last looked at."""
         self._asked_at = -math.inf
         """When planners were last asked for a plan that could be in time, or to see whether one could."""
         self._ids_from = self._newest_id = next(_REQUEST_IDS)
@@ -307,6 +313,10 @@ class Deliberation:
         if self._planners is None:
             return
         if not self._virtual:
+            self._unpolled += 1
+            if not self._open and self._unpolled < QUIET_STEPS:
+                return
+            self._unpolled = 0
             arrivals = self._planners.poll()
             if arrivals is not NOTHING:
                 self._accept(arrivals)

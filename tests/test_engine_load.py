@@ -307,7 +307,7 @@ def test_a_plan_that_comes_twice_is_counted_as_a_duplicate() -> None:
 
     planners = FakePlanners(lambda request: [make_plan(request, CHECKPOINT)], delay=delays)
     engine = Engine(CHECKPOINT, planners, WALL)
-    engine.generate_all([ask("g", tokens=12, deliberation={"lag": 0, "plan_every": 4})])
+    engine.generate_all([ask("g", tokens=200, deliberation={"lag": 0, "plan_every": 4})])
     assert engine.metrics.faults[Fault.DUPLICATE] >= 2 and engine.metrics.faults[Fault.UNKNOWN] == 0
 
 
