@@ -93,6 +93,7 @@ class Rig:
         *,
         engine: EngineConfig = EngineConfig(clock="wall"),
         planner_class: type = StallingPlanner,
+        threads: int = 1,
         **options: Any,
     ) -> None:
         self._numbers = itertools.count()
@@ -104,6 +105,7 @@ class Rig:
             planner_class=planner_class,
             planner_cpus=0.5,
             num_cpus=0.5,
+            threads=threads,
         )
         self.pid = ray.get(self.generator.ping.remote())
         ready = ray.get(self.generator.wait_until_ready.remote(120.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from crsm.tasks import build_tasks
 from crsm.tasks.base import Problem, Task
 from crsm.types import Token
 from jobs.speed.actor_rig import Load, Rig
+from jobs.speed.pinned_ray import pin
 from jobs.speed.rows import Row, make_row
 from jobs.speed.timing import interleave, rates
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 PACE = 50.0
 """Tokens a second of a generation that somebody reads."""
+LAG = 1
+"""A plan has 40 ms until its target at that pace."""
 LOOK_SECONDS = 0.25
 """Between two looks at the counters after a kill."""
 
@@ -38,10 +42,18 @@ def pool_rows(core: int | None, *, seed: int, progress: Progress, quick: bool = 
         quick: tiny loads: whether it runs.
     """
     checkpoint = load_checkpoint("nano")
+    deliberation = checkpoint.config.deliberation.model_copy(update={"lag": LAG})
+    checkpoint.model.config = checkpoint.config.model_copy(update={"deliberation": deliberation})
+    cores = sorted(os.sched_getaffinity(0)) if core is None else [core, *sorted(os.sched_getaffinity(0))]
+    whole = Rig(checkpoint, 0, None, threads=len(cores))
+    pin(whole.pid, cores)
+    try:
+        rows = [_batching(checkpoint, whole, seed, 8 if quick else 256, 20 if quick else 400, len(cores))]
+        progress.update(len(rows))
+    finally:
+        whole.close()
     off = Rig(checkpoint, 0, core)
     try:
-        rows = [_batching(checkpoint, off, seed, 8 if quick else 256, 20 if quick else 400)]
-        progress.update(len(rows))
         on = Rig(checkpoint, 1, core)
         try:
             rows += _by_the_wall_clock(checkpoint, on, off, seed, 8 if quick else 200)
@@ -61,8 +73,8 @@ def _prompts(checkpoint: Checkpoint, seed: int, count: int) -> tuple[Task, list[
     return task, problems, [tuple(encode_prompt(problem, checkpoint.tokenizer)) for problem in problems]
 
 
-def _batching(checkpoint: Checkpoint, rig: Rig, seed: int, streams: int, tokens: int) -> Row:
-    """Many generations together beside one alone, System 1 only, read by a caller as one stream."""
+def _batching(checkpoint: Checkpoint, rig: Rig, seed: int, streams: int, tokens: int, threads: int) -> Row:
+    """Many generations together beside one alone, System 1 only on all cores, read by a caller as one stream."""
     _, _, prompts = _prompts(checkpoint, seed, streams)
     settings = checkpoint.config.deliberation
     one, many = Load(prompts[:1], 20 * tokens, settings, 1), Load(prompts, tokens, settings, 1)
@@ -70,7 +82,7 @@ def _batching(checkpoint: Checkpoint, rig: Rig, seed: int, streams: int, tokens:
     return make_row(
         f"{streams} generations at a time",
         "tokens/s",
-        1,
+        threads,
         rates(seconds["many"], streams * tokens),
         peer_name="one generation",
         peer=rates(seconds["one"], 20 * tokens),
@@ -85,8 +97,7 @@ def _by_the_wall_clock(checkpoint: Checkpoint, on: Rig, off: Rig, seed: int, cou
     outcomes = {name: n - before.get(name, 0) for name, n in on.metrics()["outcomes"].items()}
     settled = sum(outcomes.values()) - outcomes.get("ended", 0)
     hits = sum(outcomes.get(name, 0) for name in ("on_time", "late", "shut", "superseded"))
-    lag = checkpoint.config.deliberation.lag
-    title = f"{task.name} at {PACE:.0f} tokens/s, lag {lag}, wall clock"
+    title = f"{task.name} at {PACE:.0f} tokens/s, lag {LAG}, wall clock"
     accuracy = make_row(
         f"{title}: accuracy",
         f"of {count}",
@@ -124,23 +135,33 @@ def _answer(
 
 
 def _recovery(checkpoint: Checkpoint, rig: Rig, seed: int, kills: int) -> Row:
-    """Seconds from the death of the only planner until plans hit again as before."""
-    _, _, prompts = _prompts(checkpoint, seed, 8)
-    deliberation = checkpoint.config.deliberation.model_copy(update={"plan_every": 4})
-    load = Load(prompts, 10**9, deliberation, checkpoint.config.search.simulations, PACE)
-    stream = rig.generator.generate_many.remote(load.requests("endless"))
+    """Seconds from the death of the only planner until plans hit again as before, while answers are given all along."""
+    _, _, prompts = _prompts(checkpoint, seed, 32)
+    config = checkpoint.config
+    load = Load(prompts, 64, config.deliberation, config.search.simulations, PACE, answers=True)
+    stopping = threading.Event()
+
+    def answer() -> None:
+        while not stopping.is_set():
+            rig.run(load)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
     try:
-        time.sleep(2.0)
-        samples = [_kill_and_wait(rig) for _ in range(kills)]
+        samples = []
+        for _ in range(kills):
+            before = rig.metrics()["outcomes"]
+            time.sleep(3.0)
+            usual = _rate(before, rig.metrics()["outcomes"]) or 0.0
+            samples.append(_kill_and_wait(rig, usual))
     finally:
-        for request in load.requests("endless"):
-            ray.get(rig.generator.cancel.remote(request.generation_id))
-        del stream
+        stopping.set()
+        thread.join()
     return make_row("the only planner is killed: plans hit again after", "s", 1, samples, worst=max(samples))
 
 
-def _kill_and_wait(rig: Rig, timeout: float = 60.0) -> float:
-    """Kills the planners there are; returns when at least 0.9 of the requests settled between two looks are hits."""
+def _kill_and_wait(rig: Rig, usual: float, timeout: float = 60.0) -> float:
+    """Kills the planners there are; seconds until the hit rate between two looks is 0.9 of what it usually is."""
     for pid in rig.metrics()["pool"]["pids"]:
         os.kill(pid, signal.SIGKILL)
     killed = time.perf_counter()
@@ -150,7 +171,7 @@ def _kill_and_wait(rig: Rig, timeout: float = 60.0) -> float:
         time.sleep(LOOK_SECONDS)
         after = rig.metrics()["outcomes"]
         rate = _rate(before, after)
-        if rate is not None and rate >= 0.9:
+        if rate is not None and rate >= 0.9 * usual:
             return time.perf_counter() - killed
         before = after
     raise RuntimeError(f"no plan hit for {timeout:.0f} s after a planner was killed")
