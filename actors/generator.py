@@ -32,7 +32,7 @@ from actors.planner import AS_TRAINED, PlannerActor, PlannerSettings
 from actors.pool import PoolStats
 from actors.pool_actor import start_pool
 from actors.state_store import StateHandle, StateStore
-from actors.streams import Stream, Streams, ends
+from actors.streams import Stream, Streams, Tokens
 from actors.weights import Weights, open_source, share
 from crsm.config import DeliberationConfig, EngineConfig, PlannersConfig, SamplingConfig
 from crsm.engine import Engine, QueueFull
@@ -42,7 +42,7 @@ from crsm.saved_generation import SavedGeneration, check_saved
 from crsm.threads import use_threads
 from crsm.types import Token
 
-StreamItem = tuple[Token, ...] | SavedGeneration
+StreamItem = Tokens | SavedGeneration
 """One message of a stream."""
 
 
@@ -184,21 +184,23 @@ class GeneratorActor:
             while left:
                 said: list[Token] = []
                 for message in await stream.take():
+                    if isinstance(message, Token):  # nearly all there is
+                        said.append(message)
+                        if message.finished:
+                            left.discard(message.generation_id)
+                        continue
                     if isinstance(message, Closed):
                         raise GenerationFailed(f"generation {', '.join(sorted(left))}: {message.reason}")
-                    if ends(message):
+                    if isinstance(message, Refused):
                         left.discard(message.generation_id)
-                    if isinstance(message, Token):
-                        said.append(message)
-                        continue
                     if isinstance(message, Refused) and self._streams.closed is not None:
                         raise GenerationFailed(f"generation {message.generation_id}: {message.reason}")
                     if said:
-                        yield tuple(said)
+                        yield Tokens(said)
                         said = []
                     yield message
                 if said:
-                    yield tuple(said)
+                    yield Tokens(said)
         finally:
             self._streams.close(list(names))
             for name in left:

@@ -104,6 +104,8 @@ class PlannerActor:
         use_threads(threads)
         self._settings, self._id = settings, planner_id
         self._deliberator = settings.deliberator(open_source(source), planner_id)
+        # The first search packs weights and wakes libraries: none of it may count as what a search takes.
+        self._deliberator.warm_up()
         self._cancelled, self._stopped = threading.Event(), threading.Event()
         self._searching = False
         self._behind = float("inf")

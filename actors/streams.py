@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from actors.decode_loop import Closed, Message, Refused
-from crsm.types import Token
+from crsm.types import Injection, Token
 
 MESSAGES_PER_SECOND = 1000
 """Of all streams together at most: a message costs about half a millisecond of the generator's process."""
@@ -35,8 +36,9 @@ class Stream:
         self._there = asyncio.Event()
 
     def put(self, message: Message) -> None:
+        if not self._pending:
+            self._there.set()
         self._pending.append(message)
-        self._there.set()
 
     async def take(self) -> list[Message]:
         """Everything since the last time; waits until there is something."""
@@ -92,8 +94,15 @@ class Streams:
             if not self._outbox:  # nothing came between the look and the sleep
                 return
             self._awake = True
+        streams, next_message = self._streams, self._outbox.popleft
         for _ in range(len(self._outbox)):
-            self._hand_over(self._outbox.popleft())
+            message = next_message()
+            # Tokens are nearly all there is.
+            if type(message) is Token and message.injection is None:
+                if (stream := streams.get(message.generation_id)) is not None:
+                    stream.put(message)
+            else:
+                self._hand_over(message)
         assert self._events is not None
         self._events.call_later(max(self._interval, len(self._streams) / MESSAGES_PER_SECOND), self._sort)
 
@@ -104,6 +113,32 @@ class Streams:
                 stream.put(message)
         elif (stream_of := self._streams.get(message.generation_id)) is not None:
             stream_of.put(lighten(message) if isinstance(message, Token) else message)
+
+
+class Tokens(tuple[Token, ...]):
+    """Tokens of one message: a tuple that travels by columns, in a fraction of the time that single tokens take."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Callable[..., Tokens], tuple[Any, ...]]:
+        names, positions, tokens, logprobs, _, reasons, injections = zip(*self, strict=True) if self else ((),) * 7
+        ends = {place: reason for place, reason in enumerate(reasons) if reason is not None}
+        applied = {place: injection for place, injection in enumerate(injections) if injection is not None}
+        return _from_columns, (names, positions, tokens, logprobs, ends, applied)
+
+
+def _from_columns(
+    names: Sequence[str],
+    positions: Sequence[int],
+    tokens: Sequence[int],
+    logprobs: Sequence[float],
+    ends: dict[int, str],
+    applied: dict[int, Injection],
+) -> Tokens:
+    return Tokens(
+        Token(name, position, token, logprob, place in ends, ends.get(place), applied.get(place))
+        for place, (name, position, token, logprob) in enumerate(zip(names, positions, tokens, logprobs, strict=True))
+    )
 
 
 def lighten(token: Token) -> Token:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from crsm.search import Evaluation, Evaluator, SearchSummary, Tree, export_tree,
 from crsm.search.engines import Engine
 from crsm.search.native import NativeEvaluator
 from crsm.types import Plan, PlanRequest
-from crsm.wire import from_wire, is_finite, is_wire, to_wire, wire_of
+from crsm.wire import from_wire, is_finite, is_wire, request_shapes, to_wire, wire_of
 
 
 class Future(NamedTuple):
@@ -206,6 +206,16 @@ class Deliberator:
             for index, made in zip(indices, self._plan(group, lag, hypotheses, clock, should_stop), strict=True):
                 plans[index] = made
         return [plan for index in range(len(requests)) for plan in plans[index]]
+
+    def warm_up(self) -> None:
+        """Deliberates once on an empty state: packs the weights, and has libraries allocate what they need."""
+        arrays: dict[str, Any] = {
+            name: np.zeros(array.shape, np.float32)
+            for name, array in request_shapes(
+                self.model.config.model, self.world_model.read_layers, conv=self.world_model.needs_conv
+            ).items()
+        }
+        self([PlanRequest(0, "", 1, 2, 0, **arrays, simulations=self.config.simulations)])
 
     def _plan(
         self,

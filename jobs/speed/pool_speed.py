@@ -92,6 +92,9 @@ def _batching(checkpoint: Checkpoint, rig: Rig, seed: int, streams: int, tokens:
 def _by_the_wall_clock(checkpoint: Checkpoint, on: Rig, off: Rig, seed: int, count: int) -> list[Row]:
     """Accuracy on fresh problems at a reader's pace, plans used when they arrive."""
     task, problems, prompts = _prompts(checkpoint, seed, count)
+    _, others, their_prompts = _prompts(checkpoint, seed + 1, count // 2)
+    for rig in (on, off):  # connections are made, caches filled, and the pool learns how long a search takes
+        _answer(rig, checkpoint, task, others, their_prompts)
     before = on.metrics()["outcomes"]
     correct = {name: _answer(rig, checkpoint, task, problems, prompts) for name, rig in (("on", on), ("off", off))}
     outcomes = {name: n - before.get(name, 0) for name, n in on.metrics()["outcomes"].items()}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import pickle
 import threading
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from actors.decode_loop import Closed, Refused
-from actors.streams import Stream, Streams, ends, lighten
+from actors.streams import Stream, Streams, Tokens, ends, lighten
 from crsm.types import Injection, Token
 from tests.fixtures import a_request, make_plan, tiny_checkpoint
 
@@ -109,6 +112,31 @@ def test_a_streamed_token_has_no_arrays_of_the_write() -> None:
     assert light.injection.alpha_L == (0.5, 0.5) and light.injection.plan.line == plan.line
     assert np.array_equal(light.injection.plan.value_plan_L, plan.value_plan_L)
     assert lighten(token("g", 0)) == token("g", 0)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b"]), st.integers(0, 2**40), st.integers(-1, 99), st.floats(-9, 0), st.booleans()
+        ),
+        max_size=20,
+    )
+)
+def test_tokens_of_one_message_come_back_from_a_journey_as_they_were(
+    rows: list[tuple[str, int, int, float, bool]],
+) -> None:
+    injection = Injection(make_plan(a_request(), tiny_checkpoint()), 3, (0.5, 0.5))
+    tokens = Tokens(
+        Token(name, position, token, logprob, last, "length" if last else None, injection if token == 7 else None)
+        for name, position, token, logprob, last in rows
+    )
+    arrived = pickle.loads(pickle.dumps(tokens))
+    assert isinstance(arrived, Tokens) and isinstance(arrived, tuple) and len(arrived) == len(tokens)
+    for mine, theirs in zip(tokens, arrived, strict=True):
+        assert theirs._replace(injection=None) == mine._replace(injection=None)
+        assert (theirs.injection is None) == (mine.injection is None)
+        if theirs.injection is not None:
+            assert theirs.injection.alpha_L == (0.5, 0.5) and theirs.injection.plan.line == (21, 22)
 
 
 def test_what_ends_a_stream() -> None:
