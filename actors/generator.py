@@ -274,9 +274,14 @@ class GeneratorActor:
         """
         checkpoint = await asyncio.to_thread(open_source, source)
         await self._question(lambda engine: engine.update_weights(checkpoint))
+        await self.update_planners(shared)
+        return checkpoint.model_version
+
+    async def update_planners(self, shared: Sequence[Any]) -> None:
+        """Planners go on with these weights, the one element of a list, and this generator with its own: until both have
+        the same version, every plan is refused and counted."""
         if self._pool is not None:
             await asyncio.to_thread(self._pool.update_weights, shared[0])
-        return checkpoint.model_version
 
     async def ping(self) -> int:
         """The process id, once the actor is there."""

@@ -23,7 +23,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,13 +31,14 @@ from torch import Tensor
 
 from crsm.config import EngineConfig
 from crsm.decoding import select_decoder
-from crsm.deliberation import Deliberation, Foresight
+from crsm.deliberation import Deliberation
 from crsm.event_log import EventLog
 from crsm.generation import Generation, GenerationRequest
 from crsm.latent_dynamics import WorldModel
 from crsm.metrics import PlanMetrics
 from crsm.model import Checkpoint
 from crsm.pace import beat, first_beat, time_of
+from crsm.parking import Parking
 from crsm.planners import Planners
 from crsm.prompts import Prompt, choose_prompts, consume_chunks
 from crsm.sampling import choose_token, mix_policy
@@ -59,16 +60,6 @@ InjectionSource = Callable[[str, int], Injection | None]
 
 class QueueFull(RuntimeError):
     """No more generations can wait; to be tried again later."""
-
-
-@dataclass(slots=True)
-class _Parked:
-    """A generation between two turns."""
-
-    generation: Generation
-    saved: SavedGeneration
-    since: float
-    foresight: Foresight = field(default_factory=Foresight)
 
 
 class Engine:
@@ -125,7 +116,7 @@ class Engine:
         self._reading: list[Prompt] = []
         """Those whose prompts are being consumed, in the order in which they came."""
         self._active: list[Generation] = []
-        self._parked: dict[str, _Parked] = {}
+        self._parking = Parking(config, self._deliberation, clock, self._end)
         self._any_cancelled = False
         self._paced = 0
         """Speaking generations that have a pace."""
@@ -151,7 +142,7 @@ class Engine:
                 f"{len(self._waiting)} generations wait; allowed: engine.max_waiting = {self.config.max_waiting}"
             )
         request = replace(request, pace=request.pace if request.pace is not None else self.config.pace)
-        parked = self._parked.pop(request.generation_id, None)
+        parked = self._parking.take(request.generation_id)
         if parked is not None:
             prompt = self._next_turn(parked.generation, request, parked.saved)
         else:
@@ -180,18 +171,14 @@ class Engine:
     def cancel(self, generation_id: str) -> None:
         """Ends a generation at the next step; unknown ids are ignored, since it may just have ended. A parked one is
         forgotten."""
-        if generation_id in self._parked:
+        if generation_id in self._parking:
             self.forget(generation_id)
         elif (generation := self._generations.get(generation_id)) is not None:
             generation.cancelled = self._any_cancelled = True
 
     def forget(self, generation_id: str) -> bool:
         """Drops a parked generation and its plans; whether there was one."""
-        parked = self._parked.pop(generation_id, None)
-        if parked is None:
-            return False
-        self._end(parked.generation)
-        return True
+        return self._parking.forget(generation_id)
 
     @torch.inference_mode()
     def snapshot(self, generation_id: str) -> SavedGeneration:
@@ -202,8 +189,8 @@ class Engine:
         Raises:
             ValueError: no such generation, or it has not said its first token.
         """
-        if generation_id in self._parked:
-            parked = self._parked[generation_id]
+        if generation_id in self._parking:
+            parked = self._parking.get(generation_id)
             return replace(parked.saved, plans=self._deliberation.waiting(parked.generation))
         generation = self._generations.get(generation_id)
         if generation is None or generation.slot < 0:
@@ -243,16 +230,12 @@ class Engine:
     @property
     def parked(self) -> tuple[str, ...]:
         """Ids of the generations between two turns, the one that rested longest first."""
-        return tuple(self._parked)
+        return self._parking.names
 
     @property
     def thinking(self) -> bool:
         """Whether a parked generation still has something to ask or to receive."""
-        return any(
-            self._deliberation.is_unanswered(entry.generation)
-            or self._deliberation.can_foresee(entry.saved, entry.foresight)
-            for entry in self._parked.values()
-        )
+        return self._parking.thinking
 
     def counts(self) -> dict[str, int]:
         """Generations by what they are doing."""
@@ -260,7 +243,7 @@ class Engine:
             "speaking": len(self._active),
             "reading": len(self._reading),
             "waiting": len(self._waiting),
-            "parked": len(self._parked),
+            "parked": len(self._parking),
         }
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[Token]:
@@ -289,8 +272,10 @@ class Engine:
         said = self._leave_cancelled() if self._any_cancelled else []
         started = time.perf_counter()
         self._deliberation.ask(self._active, self._slots, self._began, self._interval)
-        if self._parked:
-            self._think_between_turns()
+        if self._parking:
+            self._parking.think()
+            if not self._active:
+                self._deliberation.receive(())
         asked = time.perf_counter()
         # Asked before the pause: the planners work while the reader reads.
         speakers = self._on_beat()
@@ -555,27 +540,7 @@ class Engine:
     def _park(self, generation: Generation, state: ModelState, hidden_1LD: Tensor, steering: Steering | None) -> None:
         """Keeps a generation whose turn is over until its next turn, or until there are too many."""
         self._deliberation.end(generation)
-        self._forget_old()
-        while self._parked and len(self._parked) >= self.config.max_parked:
-            self.forget(next(iter(self._parked)))
-        if not self.config.max_parked:
-            self._end(generation)
-            return
-        saved = self._saved(generation, state, hidden_1LD, steering)
-        generation.tokens, generation.first = generation.tokens[-1:], generation.position
-        self._parked[generation.id] = _Parked(generation, saved, self._clock())
-
-    def _forget_old(self) -> None:
-        oldest = self._clock() - self.config.park_seconds
-        for name in [name for name, parked in self._parked.items() if parked.since < oldest]:
-            self.forget(name)
-
-    def _think_between_turns(self) -> None:
-        self._forget_old()
-        for parked in self._parked.values():
-            self._deliberation.foresee(parked.generation, parked.saved, parked.foresight)
-        if not self._active:
-            self._deliberation.receive(())
+        self._parking.put(generation, self._saved(generation, state, hidden_1LD, steering))
 
     def _saved(
         self, generation: Generation, state: ModelState, hidden_1LD: Tensor, steering: Steering | None
@@ -601,7 +566,7 @@ class Engine:
 
     def _check(self, request: GenerationRequest) -> None:
         vocab, saved = self._model.config.model.backbone.vocab_size, request.start
-        goes_on = request.generation_id in self._parked
+        goes_on = request.generation_id in self._parking
         if not request.prompt and (saved is None or saved.finished):
             raise ValueError("prompt is empty; allowed: at least one token")
         for name, tokens in (("prompt", request.prompt), ("forced", request.forced)):

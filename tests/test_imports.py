@@ -32,6 +32,7 @@ LAYERS = (
     },
     {"event_log", "metrics"},
     {"deliberation"},
+    {"parking"},
     {"engine"},
     {"training", "evaluation"},
     {"cli"},

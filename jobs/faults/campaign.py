@@ -302,12 +302,10 @@ class _Running:
         return self._load.cancel_one(self._draw)
 
     def _change_weights(self, event: Event, now: float) -> bool:
-        if not hasattr(self._generator, "update_weights"):
-            return False
         checkpoint = self._campaign.checkpoint
         newer = dataclasses.replace(checkpoint, model_version=checkpoint.model_version + 1)
-        self._generator.update_weights.remote([share(newer)])
-        self._later(now, event, lambda: self._generator.update_weights.remote([share(checkpoint)]))
+        self._generator.update_planners.remote([share(newer)])
+        self._later(now, event, lambda: self._generator.update_planners.remote([share(checkpoint)]))
         return True
 
     def _press(self, event: Event, now: float) -> bool:
