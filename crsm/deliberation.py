@@ -40,7 +40,7 @@ _REQUEST_IDS = itertools.count()
 """Over all engines of the process: a plan left over from one can never be taken for an answer to another."""
 
 
-PROBE_SECONDS = 1.0
+PROBE_SECONDS = 0.25
 """While every plan would be too late, one is asked for so often all the same."""
 
 

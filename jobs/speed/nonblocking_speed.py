@@ -43,16 +43,16 @@ READ_LAYERS = (3, 7, 11, 14)
 CASES = {
     "nano": (
         Case("nano, 1 stream", 1, 20_000, repeats=7),
-        Case("nano, 1 stream, planners stalled", 1, 20_000, repeats=8, stalled=True),
         Case("nano, 32 streams", 32, 3_000),
         Case("nano, 64 answers at 50 tokens/s each", 64, 64, repeats=5, pace=50.0, answers=True),
+        Case("nano, 1 stream, planners stalled", 1, 20_000, repeats=8, stalled=True),
     ),
     "10M": (
         Case("10M, 1 stream", 1, 1_500, repeats=7),
-        Case("10M, 1 stream, planners stalled", 1, 1_500, repeats=8, stalled=True),
         Case("10M, 1 stream, lag 32: plans are in time", 1, 1_500, repeats=7, lag=32),
         Case("10M, 16 streams", 16, 300),
         Case("10M, 8 streams at 20 tokens/s each", 8, 80, repeats=2, pace=20.0),
+        Case("10M, 1 stream, planners stalled", 1, 1_500, repeats=8, stalled=True),
     ),
 }
 QUICK_CASES = {
