@@ -278,8 +278,10 @@ class GeneratorActor:
         return checkpoint.model_version
 
     async def update_planners(self, shared: Sequence[Any]) -> None:
-        """Planners go on with these weights, the one element of a list, this generator with its own: until both have the
-        same version, every plan is refused and counted."""
+        """Planners go on with these weights, the one element of a list, this generator with its own.
+
+        Until both have the same version, every plan is refused and counted.
+        """
         if self._pool is not None:
             await asyncio.to_thread(self._pool.update_weights, shared[0])
 
