@@ -147,12 +147,12 @@ def test_with_every_planner_stalled_decoding_goes_on_and_what_cannot_wait_is_she
     with pool_of(checkpoint, count=1, max_batch=1, shed=True, planner_class=slow_planner_class()) as pool:
         engine = Engine(checkpoint, pool, WALL)
         assert run(engine, slow_requests) == expected
-        until(lambda: pool.stats().requests == engine.metrics.requests)
+        asked = engine.metrics.requests - engine.metrics.outcomes[Reason.DECLINED]
+        # What waits is shed when it expires.
+        until(lambda: pool.stats().requests == asked and not pool.stats().waiting, 30)
         stats = pool.stats()
-        # One is searched; a second one may have been sent before the first was seen to stall. One waits.
-        assert stats.in_flight in (1, 2) and (stats.waiting, stats.plans) == (1, 0)
-        assert stats.shed == engine.metrics.requests - stats.in_flight - 1
-        assert pool.room() == (0 if stats.stalled_now else 2 - stats.in_flight)
+        # One is searched; a second one may have been sent before the first was seen to stall.
+        assert stats.in_flight in (1, 2) and stats.plans == 0 and stats.shed == asked - stats.in_flight
         # The engine has heard of some of them; the news of the others is there.
         assert engine.metrics.outcomes[Reason.SHED] + len(pool.poll().shed) == stats.shed
     # Leaving the block closed the pool in mid-search, and its processes are gone.
