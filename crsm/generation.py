@@ -35,6 +35,16 @@ class GenerationRequest:
     """The first tokens to say, whatever the model would: what was said already, after a resumption."""
     snapshot_every: int = 0
     """Hand out a :class:`SavedGeneration` every so many tokens; 0: never."""
+    keep: bool = False
+    """Hand out the state when the turn is over, right before the last token."""
+    read_only: bool = False
+    """Consume the prompt, hand out the state, and end (with the reason ``read``) before a token is said."""
+    reseed: bool = False
+    """With ``start`` and no prompt: draw anew from ``sampling.seed`` instead of going on where the saved one was."""
+    watch: bool = False
+    """Hand out a :class:`~crsm.plan_events.PlanEvent` for everything that happens to its plans."""
+    trees: bool = False
+    """Have the search trees in the events."""
 
 
 @dataclass(slots=True, eq=False)
