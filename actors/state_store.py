@@ -31,6 +31,7 @@ class StateHandle:
 class _Entry:
     saved: SavedGeneration
     until: float
+    owner: str
 
 
 class StateStore:
@@ -47,8 +48,8 @@ class StateStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def put(self, saved: SavedGeneration, seconds: float) -> StateHandle:
-        """Keeps a state.
+    def put(self, saved: SavedGeneration, seconds: float, owner: str = "") -> StateHandle:
+        """Keeps a state, which only ``owner`` finds again.
 
         Raises:
             ValueError: ``seconds`` is not above 0, or the state alone is larger than the store.
@@ -63,24 +64,37 @@ class StateStore:
                 break
             del self._entries[handle]
         handle = uuid.uuid4().hex
-        self._entries[handle] = _Entry(saved, self._clock() + seconds)
+        self._entries[handle] = _Entry(saved, self._clock() + seconds, owner)
+        return self.describe(handle, owner)
+
+    def describe(self, handle: str, owner: str = "") -> StateHandle:
+        """What a caller is told of a state.
+
+        Raises:
+            ValueError: as :meth:`get`.
+        """
+        saved = self.get(handle, owner)
+        seconds = self._entries[handle].until - self._clock()
         return StateHandle(handle, saved.generation_id, saved.position, saved.num_bytes, seconds)
 
-    def get(self, handle: str) -> SavedGeneration:
+    def get(self, handle: str, owner: str = "") -> SavedGeneration:
         """The state behind a handle.
 
         Raises:
-            ValueError: there is none, or its time is over.
+            ValueError: there is none, its time is over, or it is another owner's.
         """
         self._expire()
-        if handle not in self._entries:
+        if handle not in self._entries or self._entries[handle].owner != owner:
             raise ValueError(f"state {handle!r} is not known, or its time is over; allowed: a handle of this generator")
         return self._entries[handle].saved
 
-    def drop(self, handle: str) -> bool:
+    def drop(self, handle: str, owner: str = "") -> bool:
         """Forgets a state; whether there was one."""
         self._expire()
-        return self._entries.pop(handle, None) is not None
+        if handle not in self._entries or self._entries[handle].owner != owner:
+            return False
+        del self._entries[handle]
+        return True
 
     def _expire(self) -> None:
         now = self._clock()
