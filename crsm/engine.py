@@ -246,7 +246,7 @@ class Engine:
 
     def take_events(self) -> list[PlanEvent]:
         """What happened to the plans of watched generations since the last time, in order."""
-        return self._deliberation.take_events()
+        return self._deliberation.events.take()
 
     def take_kept(self) -> list[SavedGeneration]:
         """States of turns that ended, and of prompts that were read, since the last time."""
