@@ -21,12 +21,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from actors.job_environment import working_directory
 
 if TYPE_CHECKING:
     from crsm.config import Config
@@ -101,7 +104,7 @@ def run_folder(storage: str | Path, name: str) -> Path:
     if "://" in str(storage):
         raise ValueError(f"storage = {str(storage)!r}; allowed: a folder that every node sees")
     path = Path(storage).expanduser()
-    if not path.is_absolute() and in_working_directory(Path.cwd()):
+    if not path.is_absolute() and working_directory() is not None:
         place = os.environ.get(STORAGE_VARIABLE)
         if not place:
             raise ValueError(
@@ -112,9 +115,18 @@ def run_folder(storage: str | Path, name: str) -> Path:
     return path.resolve() / name
 
 
-def in_working_directory(folder: Path) -> bool:
-    """Whether a folder belongs to the copy of a working directory that Ray made for a job."""
-    return "working_dir_files" in folder.parts
+def check_writable(folder: Path) -> None:
+    """Makes a folder and writes into it, now and not after an hour.
+
+    Raises:
+        OSError: naming the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"the storage cannot be written: {error.strerror}", str(folder)) from error
 
 
 def locate(settings: Config, storage: Path | None, name: str | None) -> tuple[Path, str]:
