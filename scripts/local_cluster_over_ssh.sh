@@ -19,6 +19,7 @@ NET=10.213.7
 HOSTS=(crsm-head crsm-worker)
 ADDRESSES=("$NET.2" "$NET.3")
 FORWARD=18265
+BRIDGE=crsm$$ # the names of devices that were deleted stay taken for a while
 
 for tool in /usr/sbin/sshd rsync ip unshare ssh-keygen; do
     command -v "$tool" >/dev/null || { echo "error: $tool is missing; Debian: apt-get install openssh-server rsync iproute2" >&2; exit 2; }
@@ -41,7 +42,7 @@ finish() {
     for pid in "${PIDS[@]}"; do kill -KILL "$pid" 2>/dev/null; done
     wait 2>/dev/null
     for host in "${HOSTS[@]}"; do ip netns del "$host" 2>/dev/null; done
-    ip link del crsm-bridge 2>/dev/null
+    ip link del "$BRIDGE" 2>/dev/null
     if [ "${KEEP:-0}" = 1 ]; then echo "logs: $WORK"; else rm -rf "$WORK"; fi
     exit "$status"
 }
@@ -53,23 +54,23 @@ say() { printf '\n== %s\n' "$*"; }
 say "two hosts on $NET.0/24"
 ssh-keygen -q -t ed25519 -N '' -f "$WORK/key"
 ssh-keygen -q -t ed25519 -N '' -f "$WORK/hostkey"
-ip link add crsm-bridge type bridge
-ip addr add "$NET.1/24" dev crsm-bridge
-ip link set crsm-bridge up
+ip link add "$BRIDGE" type bridge
+ip addr add "$NET.1/24" dev "$BRIDGE"
+ip link set "$BRIDGE" up
 for index in 0 1; do
     host=${HOSTS[$index]}
     mkdir -p "$WORK/$host/home/.ssh" "$WORK/$host/tmp"
     cp "$WORK/key.pub" "$WORK/$host/home/.ssh/authorized_keys"
     printf '%s\n' "Port 22" "ListenAddress ${ADDRESSES[$index]}" "HostKey $WORK/hostkey" "PermitRootLogin prohibit-password" \
-        "SetEnv HOME=/run/home" "AuthorizedKeysFile /run/home/.ssh/authorized_keys" "PasswordAuthentication no" "UsePAM no" "StrictModes no" "PidFile none" "Subsystem sftp internal-sftp" \
+        "PasswordAuthentication no" "UsePAM no" "StrictModes no" "PidFile none" "Subsystem sftp internal-sftp" \
         >"$WORK/$host/sshd_config"
     ip netns add "$host"
-    ip link add "veth$index" type veth peer name "crsm$index"
-    ip link set "crsm$index" netns "$host"
-    ip link set "veth$index" master crsm-bridge up
-    ip -n "$host" addr add "${ADDRESSES[$index]}/24" dev "crsm$index"
+    ip link add "$BRIDGE-h$index" type veth peer name "$BRIDGE-g$index"
+    ip link set "$BRIDGE-g$index" netns "$host"
+    ip link set "$BRIDGE-h$index" master "$BRIDGE" up
+    ip -n "$host" addr add "${ADDRESSES[$index]}/24" dev "$BRIDGE-g$index"
     ip -n "$host" link set lo up
-    ip -n "$host" link set "crsm$index" up
+    ip -n "$host" link set "$BRIDGE-g$index" up
     ip -n "$host" route add default via "$NET.1" # leads nowhere; Ray finds its own address by it
     # Its own home, /tmp and /run; the environment of Python is the machine's, and /mnt is what the hosts share.
     # shellcheck disable=SC2016
@@ -81,6 +82,7 @@ for index in 0 1; do
         sed -i "s#^HostKey .*#HostKey /run/sshd/hostkey#" /run/sshd/sshd_config
         mount --bind "$2/shared" /mnt
         mkdir /run/home && mount --bind "$2/$1/home" /run/home
+        sed "s#^\(root:.*\):[^:]*:\([^:]*\)\$#\1:/run/home:\2#" /etc/passwd >/run/passwd && mount --bind /run/passwd /etc/passwd
         mount --bind "$2/$1/tmp" /tmp
         exec /usr/sbin/sshd -D -e -f /run/sshd/sshd_config' host "$host" "$WORK" >"$WORK/$host.log" 2>&1 &
     PIDS+=($!)
@@ -132,7 +134,7 @@ submit() {
 say "where drivers and tasks run"
 submit python -c 'import socket, ray
 ray.init(log_to_driver=False)
-print("driver on", socket.gethostname(), "task on", ray.get(ray.remote(socket.gethostname).remote()))' | tee "$WORK/where.log"
+print("driver on", socket.gethostname(), "task on", ray.get(ray.remote(lambda: socket.gethostname()).remote()))' | tee "$WORK/where.log"
 grep -q "driver on crsm-head task on crsm-worker" "$WORK/where.log"
 
 say "the demo: System 1 on the head, System 2 on the other host"

@@ -222,3 +222,30 @@ def test_schemas_name_their_source():
     readme = (Path(ROOT) / "jobs/checks/schemas/README.md").read_text(encoding="utf-8")
     assert schema("kuberay")["source"] in readme
     assert schema("aws")["source"].partition("-")[2] in readme
+
+
+def test_the_commands_of_the_documentation_have_no_option_that_does_not_exist():
+    text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    commands = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    assert commands.count("ray job submit") >= 3
+    assert command_line_problems(commands) == ()
+
+
+def test_little_goes_up_with_a_job(tmp_path):
+    """The package that Ray makes of the working directory, without what is not code."""
+    import zipfile
+
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
+    excludes = yaml.safe_load((ROOT / "configs/runtime_env.yaml").read_text(encoding="utf-8"))["excludes"]
+    package = tmp_path / "package.zip"
+    everything = [*get_runtime_env_default_excludes(), *excludes]
+    create_package(str(ROOT), package, include_gitignore=True, excludes=everything)
+    names = zipfile.ZipFile(package).namelist()
+    assert package.stat().st_size < 12 << 20
+    tops = {name.split("/")[0] for name in names}
+    assert tops >= {"crsm", "actors", "jobs", "configs", "pyproject.toml"}
+    assert not tops & {".git", ".venv", "runs", "build", "dist", "docs", "tests", ".mypy_cache", ".ruff_cache"}
+    assert "crsm/assets/nano/model.safetensors" in names
+    assert not any("__pycache__" in name for name in names)
