@@ -90,7 +90,7 @@ def start_head(cpus: int = 4) -> Iterator[Head]:
     finally:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
+            process.wait(10)
         for pid in _started_for(folder):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
