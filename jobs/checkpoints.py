@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,8 +21,8 @@ CheckpointOption = Annotated[
     str, typer.Option("--checkpoint", metavar="NAME", help="A checkpoint's folder, or the name of a shipped one.")
 ]
 
-_WORLD_MODEL_KIND = ("model", "world_model", "kind")
-"""The one setting of ``model`` that fixes no shape: which world model plans."""
+_SHAPELESS = (("model", "world_model", "kind"), ("model", "critic", "uncertainty_penalty"))
+"""The settings of ``model`` that fix no shape: which world model plans, and how far it is trusted."""
 
 
 class PlannerKind(str, enum.Enum):
@@ -36,7 +36,10 @@ class PlannerKind(str, enum.Enum):
 
 
 def load_with_settings(
-    name: str | Path, config: str | Path | None = None, overrides: Iterable[str] | None = None, seed: int | None = None
+    name: str | Path,
+    config: str | Path | Mapping[str, Any] | None = None,
+    overrides: Iterable[str] | None = None,
+    seed: int | None = None,
 ) -> Checkpoint:
     """A checkpoint whose settings are its own, those that ``config`` states, ``overrides`` and ``seed`` on top.
 
@@ -48,18 +51,27 @@ def load_with_settings(
 
     commit()  # of the code that starts; it may be another by the time the result is written
     checkpoint = load_checkpoint(name)
-    checkpoint.model.config = merge_settings(checkpoint.config, config, overrides, seed)
+    use_settings(checkpoint, merge_settings(checkpoint.config, config, overrides, seed))
     return checkpoint
 
 
+def use_settings(checkpoint: Checkpoint, config: Config) -> None:
+    """Puts settings that fit the weights in the place of a checkpoint's own."""
+    checkpoint.model.config = config
+    checkpoint.model.critic.uncertainty_penalty = config.model.critic.uncertainty_penalty
+
+
 def merge_settings(
-    saved: Config, config: str | Path | None = None, overrides: Iterable[str] | None = None, seed: int | None = None
+    saved: Config,
+    config: str | Path | Mapping[str, Any] | None = None,
+    overrides: Iterable[str] | None = None,
+    seed: int | None = None,
 ) -> Config:
     """Settings of a checkpoint with changes on top.
 
     Args:
         saved: the checkpoint's.
-        config: a YAML file; what it states replaces what the checkpoint says, the rest stays.
+        config: a YAML file, or what one holds; what it states replaces what the checkpoint says, the rest stays.
         overrides: ``section.key=value``, the later ones winning.
         seed: the last word on ``seed``.
 
@@ -71,8 +83,9 @@ def merge_settings(
     tree = saved.model_dump(mode="json")
     source = "checkpoint"
     if config is not None:
-        _merge(tree, load_config(config).model_dump(mode="json", exclude_unset=True))
-        source = str(config)
+        source = "settings" if isinstance(config, Mapping) else str(config)
+        stated = parse_config(dict(config), source) if isinstance(config, Mapping) else load_config(config)
+        _merge(tree, stated.model_dump(mode="json", exclude_unset=True))
     changes = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
     for change in changes:
         apply_override(tree, change)
@@ -94,7 +107,7 @@ def _check_unchanged(saved: Any, asked: Any, path: tuple[str, ...]) -> None:
     if isinstance(saved, dict):
         for key in saved:
             _check_unchanged(saved[key], asked[key], (*path, key))
-    elif saved != asked and path != _WORLD_MODEL_KIND and not (path[-1] == "vocab_size" and asked == 0):
+    elif saved != asked and path not in _SHAPELESS and not (path[-1] == "vocab_size" and asked == 0):
         raise ValueError(f"{'.'.join(path)} = {asked!r}; allowed: {saved!r}, for which the checkpoint was made")
 
 
