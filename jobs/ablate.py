@@ -1,7 +1,7 @@
 """Sweeps over the settings of System 2 on Ray Tune: lag × injection rate, and whatever else a file names.
 
-The output folder holds ``table.parquet`` and ``table.csv``, ``report.md`` with its pictures, and what ``--resume`` needs:
-``sweep.json``, the settings, and ``trials.jsonl``, a line per finished trial.
+The output folder holds ``table.parquet`` and ``table.csv``, ``report.md`` with its pictures, and what ``--resume``
+needs: ``sweep.json``, the settings, and ``trials.jsonl``, a line per finished trial.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def plan(sweep: Sweep) -> list[Planned]:
 
     ablation, space = sweep.ablation, sweep.space
     points = grid(space) if ablation.method == "grid" else draw(space, ablation.points, sweep.settings.seed)
-    planned = []
+    planned: list[Planned] = []
     for point in points:
         at_reference = sweep.reference is not None and is_reference(point, sweep.reference)
         for seed in ablation.seeds:
@@ -221,8 +221,8 @@ def measure(sweep: Sweep, folder: Path, done: list[Record]) -> list[Record]:
 
 def conclude(sweep: Sweep, records: list[Record], folder: Path, command: str) -> dict[str, Any]:
     """Writes the table, the pictures and the report, and gives the job's results."""
-    from jobs.ablation.checks import lag_trend, silence
     from jobs.ablation.cheapest import cheapest
+    from jobs.ablation.checks import lag_trend, silence
     from jobs.ablation.figures import draw_all
     from jobs.ablation.report import print_summary, report
     from jobs.ablation.table import pool, pooled_rows, rows, write_table

@@ -71,6 +71,7 @@ def compare(
         ``system1``, ``system2`` (accuracy, 95 % interval), ``mcnemar_p``, ``difference``, ``plan_hit_rate``,
         ``outcomes``, ``tokens_per_second``, ``controls``.
     """
+
     def run(name: str, planners: Planners | None = None) -> Run:
         return run_system(
             name,

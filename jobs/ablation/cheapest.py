@@ -112,9 +112,9 @@ def cheapest(points: Sequence[Pooled], targets: Sequence[float]) -> dict[str, An
 
     answers = []
     for target in targets:
-        reached = np.flatnonzero(found.low >= target)
+        reached = [int(i) for i in np.flatnonzero(found.low >= target)]
         answer: dict[str, Any] = {"target": target, "reached_by": len(reached), "cheapest": None, "longest_lag": None}
-        if len(reached):
+        if reached:
             affordable = [i for i in reached if cost[i] <= SAME_COST * cost[reached].min()]
             answer["cheapest"] = describe(max(affordable, key=lambda i: found.accuracy[i]))
             if "lag" in points[0].point:

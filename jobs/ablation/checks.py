@@ -36,7 +36,7 @@ def silence(points: Sequence[Pooled], settings: Config) -> dict[str, Any]:
 def lag_trend(points: Sequence[Pooled]) -> dict[str, Any] | None:
     """Whether accuracy rises from a lag to a longer one by more than chance, all other settings equal.
 
-    Pairs are compared on the same problems; one counts as a rise where the 95 % interval of the difference lies above 0.
+    Pairs are compared on the same problems; one rises where the 95 % interval of the difference lies above 0.
 
     Returns:
         None where the lag was not swept; else ``holds`` and, per group of equal other settings, the largest rise.

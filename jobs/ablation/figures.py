@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 
 from crsm.evaluation.figures import GOAL, GREY, INK, LIGHT, OTHERS, SYSTEM_1, SYSTEM_2, percent, save_figure
 from crsm.evaluation.statistics import wilson_interval
+from jobs.ablation.report import show
 from jobs.ablation.space import Point
 from jobs.ablation.table import Pooled
 from jobs.ablation.trial import Tally
@@ -89,8 +90,8 @@ def heat_map(points: Sequence[Pooled], row: str, column: str, reference: Point |
             dark = accuracy[y, x] < 0.6
             text = percent(float(accuracy[y, x]))
             axes.text(x, y, text, ha="center", va="center", fontsize=11, color="white" if dark else "black")
-    axes.set_xticks(range(len(columns)), [_show(value) for value in columns], fontsize=11)
-    axes.set_yticks(range(len(rows)), [_show(value) for value in rows], fontsize=11)
+    axes.set_xticks(range(len(columns)), [show(value) for value in columns], fontsize=11)
+    axes.set_yticks(range(len(rows)), [show(value) for value in rows], fontsize=11)
     axes.set_xlabel(_name(column), fontsize=12)
     axes.set_ylabel(_name(row), fontsize=12)
     axes.tick_params(length=0)
@@ -118,29 +119,39 @@ def lag_figure(points: Sequence[Pooled], reference: Point | None, controls: Sequ
     figure = _figure(8.6, 5.4)
     axes = figure.subplots()
 
-    def draw(name: str, right: Callable[[Tally], int | None], color: str, marker: str, wide: bool) -> None:
+    def draw(name: str, right: Callable[[Tally], int | None], color: str, marker: str, shift: float | None) -> None:
         known = [(lag, value, tally.problems) for lag, tally in cells.items() if (value := right(tally)) is not None]
         if not known:
             return
-        lags = [lag for lag, _, _ in known]
-        low, high = zip(*(wilson_interval(value, count) for _, value, count in known), strict=True)
-        axes.fill_between(lags, low, high, color=color, alpha=0.18 if wide else 0.10, linewidth=0)
-        axes.plot(
+        lags = [lag + (shift or 0.0) for lag, _, _ in known]
+        share = np.array([value / count for _, value, count in known])
+        ends = np.array([wilson_interval(value, count) for _, value, count in known]).T
+        if shift is None:
+            axes.fill_between(lags, *ends, color=color, alpha=0.2, linewidth=0)
+            axes.plot(lags, share, color=color, marker=marker, linewidth=2.6, markersize=8, label=name, zorder=3)
+            return
+        # Side by side on top of the systems: some controls are to lie exactly on one of them.
+        axes.errorbar(
             lags,
-            [value / count for _, value, count in known],
+            share,
+            np.abs(ends - share),
+            fmt=marker,
             color=color,
-            marker=marker,
-            linewidth=2.6 if wide else 1.4,
-            markersize=7 if wide else 5,
-            linestyle="-" if wide else "--",
-            label=name,
-            zorder=4 if wide else 3,
+            markerfacecolor="white",
+            markeredgewidth=1.6,
+            markersize=6,
+            linewidth=1.2,
+            linestyle=":",
+            label=f"control: {name}",
+            zorder=5,
         )
 
-    for color, name in zip(_CONTROL_COLORS, controls, strict=False):
-        draw(f"control: {_name(name)}", lambda tally, name=name: tally.controls.get(name), color, "^", False)  # type: ignore[misc]
-    draw("System 1 alone", lambda tally: tally.system1_correct.count("1"), SYSTEM_1, "s", True)
-    draw("with System 2", lambda tally: tally.correct.count("1"), SYSTEM_2, "o", True)
+    draw("with System 2", lambda tally: tally.correct.count("1"), SYSTEM_2, "o", None)
+    draw("System 1 alone", lambda tally: tally.system1_correct.count("1"), SYSTEM_1, "s", None)
+    apart = 0.12 * min(1.0, 1.0 / max(1, len(controls) - 1) * 2)
+    for index, (color, marker, name) in enumerate(zip(_CONTROL_COLORS, "^Dv<>pX", controls, strict=False)):
+        shift = (index - (len(controls) - 1) / 2) * apart
+        draw(_name(name), lambda tally, name=name: tally.controls.get(name), color, marker, shift)  # type: ignore[misc]
     axes.set_xticks(list(cells))
     axes.set_xlabel("lag: tokens between asking for a plan and its target", fontsize=11)
     _accuracy_axis(axes)
@@ -178,7 +189,7 @@ def compute_figure(points: Sequence[Pooled], cheapest: Mapping[str, Any], task: 
     shown = values if len(values) <= 10 else [values[0], values[len(values) // 2], values[-1]]
     for value in shown:
         shade = 0.15 + 0.75 * values.index(value) / max(1, len(values) - 1)
-        axes.plot([], [], "o", color=_map(shade), label=f"{_name(first)} {_show(value)}")
+        axes.plot([], [], "o", color=_map(shade), label=f"{_name(first)} {show(value)}")
     whole = Tally()
     for point in points:
         whole += point.tally
@@ -247,7 +258,7 @@ def settings_figure(points: Sequence[Pooled], reference: Point | None, task: str
             style = "o-" if numbers and len(values) <= MAX_CELLS else "o"
             axes.errorbar(places, share, errors, fmt=style, color=color, linewidth=1.8, markersize=5, label=name)
         if len(values) <= MAX_CELLS:
-            axes.set_xticks(places, [_show(value) for value in values])
+            axes.set_xticks(places, [show(value) for value in values])
         axes.set_xlabel(_name(key), fontsize=11)
         _accuracy_axis(axes)
     for axes in panels.flat[len(keys) :]:
@@ -286,14 +297,8 @@ def _name(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _show(value: Any) -> str:
-    if value is None:
-        return "none"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def _point(point: Point) -> str:
-    return ", ".join(f"{_name(key)} {_show(value)}" for key, value in point.items())
+    return ", ".join(f"{_name(key)} {show(value)}" for key, value in point.items())
 
 
 def _settings(others: Point) -> str:

@@ -29,9 +29,10 @@ def _lines(results: Mapping[str, Any], ablation: AblationConfig, pictures: Seque
     yield f"# Ablation {ablation.name}"
     yield ""
     yield (
-        f"`{checkpoint['name']}` (weights {checkpoint['weights']}) on `{results['task']}`: {len(points)} points × "
-        f"{len(ablation.seeds)} seeds = {results['trials']} trials, {problems:,} problems in all. A seed is another set "
-        "of fresh test problems. Virtual clock: no figure depends on the machine."
+        f"`{checkpoint['name']}` (weights {checkpoint['weights']}) on `{results['task']}`: "
+        f"{_count(len(points), 'point')}, {_count(len(ablation.seeds), 'seed')}, {_count(results['trials'], 'trial')}, "
+        f"{problems:,} problems in all. A seed is another set of fresh test problems. Virtual clock: no figure depends "
+        "on the machine."
     )
     yield ""
     yield f"    {results['command']}"
@@ -48,14 +49,7 @@ def _lines(results: Mapping[str, Any], ablation: AblationConfig, pictures: Seque
     yield ""
     trend = results["lag_trend"]
     if trend is not None and trend["groups"] and trend["groups"][0]["settings"]:
-        yield "| " + " | ".join([*trend["groups"][0]["settings"], "largest rise", "95 % interval", "lags", "holds"]) + " |"
-        yield "| " + " | ".join(["---"] * (len(trend["groups"][0]["settings"]) + 4)) + " |"
-        for group in trend["groups"]:
-            rise = group["largest_rise"]
-            low, high = rise["interval"]
-            cells = [str(value) for value in group["settings"].values()]
-            cells += [f"{rise['rise']:+.3f}", f"{low:+.3f} … {high:+.3f}", f"{rise['lags'][0]} → {rise['lags'][1]}"]
-            yield "| " + " | ".join([*cells, "yes" if group["holds"] else "no"]) + " |"
+        yield from _table(*_trend_cells(trend))
         yield ""
     yield "## The cheapest setting for a target"
     yield ""
@@ -63,19 +57,35 @@ def _lines(results: Mapping[str, Any], ablation: AblationConfig, pictures: Seque
         yield f"* {line}"
     yield ""
     yield (
-        "From a logistic regression over all points (main effects, squares of numbers, pairwise interactions); a target "
-        "is reached where the lower end of the fit's 95 % interval reaches it. The fit is at most "
+        "From a logistic regression over all points (main effects, squares of numbers, pairwise interactions); a "
+        "target is reached where the lower end of the fit's 95 % interval reaches it. The fit is at most "
         f"{results['cheapest']['largest_residual']:.3f} away from what was measured. Cost is multiply-adds per answer "
         "after the prompt, at the most that the searches may have spent; it says nothing about waiting."
     )
     yield ""
     yield "## All points"
     yield ""
-    header, *body = point_cells(results)
-    yield "| " + " | ".join(header) + " |"
-    yield "| " + " | ".join(["---"] * len(header)) + " |"
-    for cells in body:
+    yield from _table(*point_cells(results))
+
+
+def _table(header: Sequence[str], *body: Sequence[str]) -> Iterator[str]:
+    for cells in (header, ["---"] * len(header), *body):
         yield "| " + " | ".join(cells) + " |"
+
+
+def _trend_cells(trend: Mapping[str, Any]) -> Iterator[list[str]]:
+    """A header and a row per group of equal other settings."""
+    yield [*trend["groups"][0]["settings"], "largest rise", "95 % interval", "lags", "holds"]
+    for group in trend["groups"]:
+        rise = group["largest_rise"]
+        low, high = rise["interval"]
+        yield [
+            *(show(value) for value in group["settings"].values()),
+            f"{rise['rise']:+.3f}",
+            f"{low:+.3f} … {high:+.3f}",
+            f"{rise['lags'][0]} → {rise['lags'][1]}",
+            "yes" if group["holds"] else "no",
+        ]
 
 
 def verdicts(results: Mapping[str, Any]) -> Iterator[str]:
@@ -84,8 +94,8 @@ def verdicts(results: Mapping[str, Any]) -> Iterator[str]:
     if silence["points"]:
         verdict = "yes" if silence["identical"] else f"NO, not at {silence['broken'][0]}"
         yield (
-            f"Where plans cannot write (injection rate 0), all tokens and log-probabilities are System 1's, bit for bit: "
-            f"{verdict} ({silence['points']} points, {silence['problems']:,} problems)."
+            "Where plans cannot write (injection rate 0), all tokens and log-probabilities are System 1's, bit for "
+            f"bit: {verdict} ({silence['points']} points, {silence['problems']:,} problems)."
         )
     else:
         yield "No point of this sweep keeps plans from writing (injection rate 0): nothing to compare with System 1."
@@ -129,7 +139,16 @@ def _describe(found: Mapping[str, Any]) -> str:
 
 
 def _words(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items()) or "all settings"
+    return ", ".join(f"{key.replace('_', ' ')} {show(value)}" for key, value in settings.items()) or "all settings"
+
+
+def show(value: Any) -> str:
+    """A setting's value as people read it; the table has it in full."""
+    return f"{value:.3g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def point_cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -150,12 +169,12 @@ def point_cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
     for point in points:
         hits = point["plan_hit_rate"]
         yield [
-            *(str(point[name]) for name in settings),
+            *(show(point[name]) for name in settings),
             f"{point['accuracy']:.3f}",
             f"{point['accuracy_low']:.3f} … {point['accuracy_high']:.3f}",
             f"{point['difference']:+.3f}",
             "" if hits is None else f"{hits:.2f}",
-            f"{point['multiply_adds'] / 1e6:.2f}",
+            f"{point['multiply_adds_per_answer'] / 1e6:.2f}",
             *("" if point[name] is None else f"{point[name]:.3f}" for name in controls),
         ]
 

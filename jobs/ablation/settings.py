@@ -1,4 +1,4 @@
-"""Settings of an ablation: a file of its own kind, an ``ablation:`` section beside changes of the checkpoint's settings.
+"""Settings of an ablation: a section ``ablation`` beside changes of the checkpoint's settings, in a file of its own.
 
     ablation: {space: {lag: [0, 1, 2], injection_rate: [0.0, 0.05]}, seeds: [1, 2, 3]}
     search: {simulations: 32}
@@ -43,7 +43,7 @@ class AblationConfig(Settings):
     """Fresh test problems of one trial."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = (1, 2, 3)
     """Repetitions: every seed is another set of problems."""
-    space: dict[str, Any] = {}
+    space: dict[str, Any] = Field(default_factory=dict)
     """Per swept setting a list of values, or ``{low:, high:, log:}`` where points are drawn."""
     method: Literal["grid", "random", "optuna"] = "grid"
     """Where the points come from. ``optuna`` needs the extra ``tune``."""
@@ -121,7 +121,8 @@ def load_ablation(path: str | Path | None = None, overrides: Iterable[str] = ())
         raise ValueError(f"{source}: {SECTION} = {section!r}; allowed: a mapping")
     parse_config(stated, source)
     ablation = _parse(section, source)
-    own, others = [], []
+    own: list[str] = []
+    others: list[str] = []
     for override in overrides:
         (own if override.startswith(f"{SECTION}.") else others).append(override)
     if own:

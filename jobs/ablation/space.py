@@ -90,7 +90,7 @@ def parse_space(tree: Mapping[str, Any], settings: Config, *, ranges: bool) -> S
         if key not in KEYS:
             raise ValueError(f"ablation.space: unknown key {key!r}; allowed: {', '.join(KEYS)}")
         check = partial(_checked, key, settings=settings, where=where)
-        space[key] = _parse_range(given, where, check, ranges) if isinstance(given, Mapping) else _parse_list(given, where, check)
+        space[key] = parse_values(given, where, check, ranges=ranges)
     return space
 
 
@@ -98,6 +98,20 @@ def _checked(key: str, value: Any, *, settings: Config, where: str) -> Any:
     """The value as its setting has it: 0.0 for a rate of 0."""
     config, horizon = apply_point({key: value}, settings, None, source=where)
     return own_value(key, config, horizon)
+
+
+def parse_values(given: Any, where: str, check: Callable[[Any], Any], *, ranges: bool) -> Values:
+    """A list or a range of values.
+
+    Args:
+        given: what the settings say.
+        where: their name there.
+        check: gives a value as its setting has it, or raises.
+        ranges: whether points are drawn.
+    """
+    if isinstance(given, Mapping):
+        return _parse_range(given, where, check, ranges)
+    return _parse_list(given, where, check)
 
 
 def _parse_list(given: Any, where: str, check: Callable[[Any], Any]) -> tuple[Any, ...]:
@@ -119,7 +133,8 @@ def _parse_range(given: Mapping[str, Any], where: str, check: Callable[[Any], An
         raise ValueError(f"{where} = {dict(given)!r}; allowed: numbers low and high, and log: true")
     if not isinstance(given.get("log", False), bool):
         raise ValueError(f"{where}.log = {given['log']!r}; allowed: true, false")
-    found = Range(*map(check, ends), log=given.get("log", False))
+    low, high = map(check, ends)
+    found = Range(low, high, given.get("log", False))
     if not -math.inf < found.low < found.high < math.inf or (found.log and found.low <= 0):
         above = "0 < low < high" if found.log else "low < high"
         raise ValueError(f"{where} = {dict(given)!r}; allowed: {above}")

@@ -35,6 +35,7 @@ from jobs.ablation.trial import Bench, Tally, parts
 
 TRIALS_FILE = "trials.jsonl"
 METRIC = "accuracy"
+"""What searchers and ASHA look at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,7 @@ def cluster(resources: ResourcesConfig) -> Iterator[None]:
     Raises:
         ValueError: no node has what one trial asks for.
     """
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one says something even where it is to be silent
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is an interruption, not an end
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -169,6 +171,7 @@ def run_planned(
     bench: Bench, settings: AblationConfig, planned: Sequence[Planned], on_record: Callable[[Record], None]
 ) -> None:
     """Runs trials that are known beforehand; ``on_record`` hears of each as it ends."""
+
     def hear(config: dict[str, Any], result: dict[str, Any]) -> None:
         told = _told(config, settings.seeds)
         assert told.trial is not None

@@ -106,12 +106,12 @@ def figures(tally: Tally, controls: Sequence[str] = ()) -> Row:
         "difference_high": gap_high,
         "identical_to_system1": tally.identical,
         "plan_hit_rate": tally.hits / tally.settled if tally.settled else None,
-        "requests": tally.requests / problems,
-        "injections": tally.injections / problems,
-        "simulations": tally.simulations / problems,
-        "tokens": tally.tokens / problems,
-        "multiply_adds": tally.multiply_adds / problems,
-        "system1_multiply_adds": tally.system1_multiply_adds / problems,
+        "requests_per_answer": tally.requests / problems,
+        "injections_per_answer": tally.injections / problems,
+        "simulations_per_answer": tally.simulations / problems,
+        "tokens_per_answer": tally.tokens / problems,
+        "multiply_adds_per_answer": tally.multiply_adds / problems,
+        "system1_multiply_adds_per_answer": tally.system1_multiply_adds / problems,
     }
     for name in controls:
         known = tally.controls.get(name)
@@ -120,7 +120,7 @@ def figures(tally: Tally, controls: Sequence[str] = ()) -> Row:
 
 
 def paired_difference(correct_a: str, correct_b: str) -> tuple[float, float, float]:
-    """``accuracy(a) − accuracy(b)`` on the same problems, with its 95 % interval (normal, from the discordant pairs)."""
+    """``accuracy(a) − accuracy(b)`` on the same problems with its 95 % interval (normal, from the discordant pairs)."""
     assert len(correct_a) == len(correct_b), "not the same problems"
     count = len(correct_a)
     only_a = sum(a > b for a, b in zip(correct_a, correct_b, strict=True))
@@ -140,9 +140,9 @@ def write_table(table: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     Raises:
         OSError: the folder cannot be written.
     """
-    import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.parquet
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.csv  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     # A swept setting may have values of several kinds (a trust horizon of 3, or null, is fine; words beside numbers are
     # not): then the column is text.

@@ -2,8 +2,8 @@
 
 Invariants:
 
-* everything runs by the virtual clock on one thread, so that a figure is the same bits on every machine and a trial that
-  is run again gives the same row;
+* everything runs by the virtual clock on one thread, so that a figure is the same bits on every machine and a trial
+  that is run again gives the same row;
 * a trial can be measured in parts; the parts of its problems added up are the whole;
 * System 1 knows nothing of the swept settings: its answers to a part are computed once per process.
 """
