@@ -136,6 +136,7 @@ def fingerprint(sweep: Sweep) -> dict[str, Any]:
     tree = {name: tree[name] for name in used} | {
         "ablation": {name: value for name, value in tree["ablation"].items() if name not in (*_FREE, "checkpoint")},
         "checkpoint": sweep.checkpoint.weights_hash,
+        "ablation.space, in order": list(sweep.space),  # it numbers the trials
     }
     return dict(jsonlib.loads(jsonlib.dumps(tree)))
 

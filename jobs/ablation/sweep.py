@@ -113,7 +113,7 @@ class AblationTrial(tune.Trainable):
         }
 
 
-class _Listener(tune.Callback):
+class Listener(tune.Callback):
     """Tells the driver of every finished trial. Tune keeps a copy of its settings; nothing of this is in it."""
 
     def __init__(self, on_result: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
@@ -256,7 +256,7 @@ def _fit(
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=settings.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[_Listener(on_result)],
+                callbacks=[Listener(on_result)],
             ),
         ).fit()
     if results.errors:

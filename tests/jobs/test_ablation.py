@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crsm.evaluation.comparison import compare
@@ -261,6 +261,7 @@ def test_without_a_rate_the_answers_are_system_1s_bit_for_bit(bench):
     assert bench.measure({"channel": "off"}, 7, slice(None)).identical
 
 
+@settings(max_examples=8)
 @given(cut=st.integers(1, 5), lag=st.integers(0, 2))
 def test_the_parts_of_a_trial_add_up_to_the_whole(bench, cut, lag):
     point = {"lag": lag, "injection_rate": 0.5}
@@ -496,7 +497,7 @@ def test_the_fit_ends_for_any_counts_and_stays_a_probability(right):
     assert ((found.low >= 0) & (found.high <= 1) & (found.low <= found.accuracy) & (found.accuracy <= found.high)).all()
 
 
-# --------------------------------------------------------------------------------------------------- pictures and report
+# -------------------------------------------------------------------------------------------------- pictures and report
 
 
 def concluded(tmp_path, found, controls=("oracle",), at=None):
@@ -643,6 +644,6 @@ def test_too_few_resources_are_named_at_once():
     ):
         check_resources(ResourcesConfig(num_cpus=2, num_gpus=2), nodes)
     with pytest.raises(
-        ValueError, match="a trial asks 9 CPU; the nodes of the cluster have 2 CPU, 8 CPU. Allowed: what"
+        ValueError, match=r"a trial asks 9 CPU; the nodes of the cluster have 2 CPU, 8 CPU. Allowed: what"
     ):
         check_resources(ResourcesConfig(num_cpus=9), nodes)
