@@ -1,4 +1,4 @@
-"""Tuning of a training stage: its settings, its ranking, its mistakes; and, on Ray, a search nested as Tune over Train."""
+"""Tuning of a training stage: settings, ranking, mistakes; and, on Ray, a search nested as Tune over Train."""
 
 import json
 import os
