@@ -2,8 +2,9 @@
 
 The fit is a logistic regression of the counts on the swept settings: main effects, squares of numbers, and pairwise
 interactions, with a ridge that keeps it finite where every answer is right. A setting with few values enters as
-categories, one with many (a random draw) as a number. With two settings of few values the fit reproduces the cells up
-to the ridge; with more it pools what cells have in common, so that one lucky cell is not taken for the best one.
+categories, one with many, or one drawn from a range, as a number. With two settings of few values the fit reproduces
+the cells up to the ridge; with more it pools what cells have in common, so that one lucky cell is not taken for the
+best one.
 
 A setting *reaches* a target where the lower end of the fit's 95 % interval does. Cost is multiply-adds per answer after
 the prompt: it knows nothing of waiting, so that of two lags the shorter one is cheaper, though harder to keep.
@@ -74,7 +75,7 @@ def design(points: Sequence[Pooled]) -> np.ndarray:
         distinct = list(dict.fromkeys(values))
         if len(distinct) < 2:
             continue
-        if len(distinct) <= MAX_CATEGORIES or not all(_is_number(value) for value in distinct):
+        if _is_category(distinct, len(points), len(points[0].point)):
             blocks.append(np.array([[float(value == other) for other in distinct] for value in values]))
         else:
             number = np.array(values, float)
@@ -84,6 +85,13 @@ def design(points: Sequence[Pooled]) -> np.ndarray:
     for a, b in itertools.combinations(blocks, 2):
         columns.append((a[:, :, None] * b[:, None, :]).reshape(len(points), -1))
     return np.concatenate(columns, axis=1)
+
+
+def _is_category(distinct: Sequence[Any], points: int, settings: int) -> bool:
+    """Words are; numbers are where they are few, and the points tell their effect from that of the other settings."""
+    if not all(_is_number(value) for value in distinct):
+        return True
+    return len(distinct) <= MAX_CATEGORIES and (settings == 1 or len(distinct) <= 5 or points >= 2 * len(distinct))
 
 
 def cheapest(points: Sequence[Pooled], targets: Sequence[float]) -> dict[str, Any]:

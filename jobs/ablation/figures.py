@@ -243,22 +243,30 @@ def settings_figure(points: Sequence[Pooled], reference: Point | None, task: str
         cells = {value: tally for (value,), tally in merge(points, reference, key).items()}
         values = [value for value in _values(points, key) if value in cells]
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        places = values if numbers and len(values) > MAX_CELLS else list(range(len(values)))
-        for name, color, right in (
-            ("System 1 alone", SYSTEM_1, [cells[value].system1_correct.count("1") for value in values]),
-            ("with System 2", SYSTEM_2, [cells[value].correct.count("1") for value in values]),
+        # Values that were drawn from a range stand where they are; the few of a list stand side by side.
+        drawn = numbers and (len(values) > MAX_CELLS or (reference is None and len(values) > 5))
+        places = np.array(values, float) if drawn else np.arange(len(values), dtype=float)
+        for name, color, shift, right in (
+            ("System 1 alone", SYSTEM_1, 0.04, [cells[value].system1_correct.count("1") for value in values]),
+            ("with System 2", SYSTEM_2, -0.04, [cells[value].correct.count("1") for value in values]),
         ):
             counts = [cells[value].problems for value in values]
             share = [one / count for one, count in zip(right, counts, strict=True)]
             ends = [wilson_interval(one, count) for one, count in zip(right, counts, strict=True)]
-            low, high = zip(*ends, strict=True)
-            if numbers and len(values) <= MAX_CELLS:
-                axes.fill_between(places, low, high, color=color, alpha=0.18, linewidth=0)
-            errors = np.abs(np.array([share, share]) - np.array([low, high]))
-            style = "o-" if numbers and len(values) <= MAX_CELLS else "o"
-            axes.errorbar(places, share, errors, fmt=style, color=color, linewidth=1.8, markersize=5, label=name)
-        if len(values) <= MAX_CELLS:
+            errors = np.abs(np.array(ends).T - np.array(share))
+            axes.errorbar(
+                places if drawn else places + shift,
+                share,
+                errors,
+                fmt="o-" if numbers and not drawn else "o",
+                color=color,
+                linewidth=1.8,
+                markersize=5,
+                label=name,
+            )
+        if not drawn:
             axes.set_xticks(places, [show(value) for value in values])
+            axes.set_xlim(-0.5, len(values) - 0.5)
         axes.set_xlabel(_name(key), fontsize=11)
         _accuracy_axis(axes)
     for axes in panels.flat[len(keys) :]:
