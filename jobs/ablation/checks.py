@@ -34,9 +34,11 @@ def silence(points: Sequence[Pooled], settings: Config) -> dict[str, Any]:
 
 
 def lag_trend(points: Sequence[Pooled]) -> dict[str, Any] | None:
-    """Whether accuracy rises from a lag to a longer one by more than chance, all other settings equal.
+    """Whether accuracy rises from a lag to a longer one by more than its interval, all other settings equal.
 
-    Pairs are compared on the same problems; one rises where the 95 % interval of the difference lies above 0.
+    It does where a lag's accuracy lies above the upper end of the 95 % interval of a shorter one. Of all pairs of lags
+    the one that rises most counts, so that what is seen of a single pair says little; its paired difference, on the
+    same problems, is given beside.
 
     Returns:
         None where the lag was not swept; else ``holds`` and, per group of equal other settings, the largest rise.
@@ -55,11 +57,17 @@ def lag_trend(points: Sequence[Pooled]) -> dict[str, Any] | None:
             for longer in group[index + 1 :]:
                 if longer.tally.problems == shorter.tally.problems:  # ASHA may have cut one of them short
                     rise, low, high = paired_difference(longer.tally.correct, shorter.tally.correct)
-                    lags = [shorter.point["lag"], longer.point["lag"]]
-                    pairs.append({"lags": lags, "rise": rise, "interval": [low, high], "significant": low > 0})
+                    pairs.append(
+                        {
+                            "lags": [shorter.point["lag"], longer.point["lag"]],
+                            "accuracies": [shorter.accuracy, longer.accuracy],
+                            "above": longer.accuracy > shorter.interval[1],
+                            "rise": rise,
+                            "interval": [low, high],
+                        }
+                    )
         if pairs:
-            # The rise that counts most: a significant one, and of those the largest.
-            largest = max(pairs, key=lambda pair: (pair["significant"], pair["rise"]))
+            largest = max(pairs, key=lambda pair: (pair["above"], pair["rise"]))
             others = {key: value for key, value in group[0].point.items() if key != "lag"}
-            found.append({"settings": others, "holds": not largest["significant"], "largest_rise": largest})
+            found.append({"settings": others, "holds": not largest["above"], "largest_rise": largest})
     return {"holds": all(group["holds"] for group in found), "groups": found}

@@ -203,22 +203,25 @@ def compute_figure(points: Sequence[Pooled], cheapest: Mapping[str, Any], task: 
         label="System 1 alone",
         zorder=4,
     )
+    named: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
     for answer in cheapest["targets"]:
-        found = answer["cheapest"]
         axes.axhline(answer["target"], color=GREY, linewidth=0.9, linestyle=":", zorder=1)
-        if found is not None:
-            axes.plot(
-                found["multiply_adds"],
-                found["measured"],
-                marker="o",
-                markersize=15,
-                markerfacecolor="none",
-                markeredgewidth=2,
-                linestyle="",
-                color=GOAL,
-                label=f"cheapest for {percent(answer['target'])}:\n{_point(found['setting'])}",
-                zorder=5,
-            )
+        if answer["cheapest"] is not None:
+            setting = _point(answer["cheapest"]["setting"]).replace(", ", "\n")
+            named.setdefault(setting, (answer["cheapest"], []))[1].append(percent(answer["target"]))
+    for setting, (found, targets) in named.items():
+        axes.plot(
+            found["multiply_adds"],
+            found["measured"],
+            marker="o",
+            markersize=15,
+            markerfacecolor="none",
+            markeredgewidth=2,
+            linestyle="",
+            color=GOAL,
+            label=f"cheapest for {', '.join(targets)}:\n{setting}",
+            zorder=5,
+        )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g} M"))

@@ -75,7 +75,7 @@ def _table(header: Sequence[str], *body: Sequence[str]) -> Iterator[str]:
 
 def _trend_cells(trend: Mapping[str, Any]) -> Iterator[list[str]]:
     """A header and a row per group of equal other settings."""
-    yield [*trend["groups"][0]["settings"], "largest rise", "95 % interval", "lags", "holds"]
+    yield [*trend["groups"][0]["settings"], "largest rise", "paired 95 % interval", "lags", "accuracies", "holds"]
     for group in trend["groups"]:
         rise = group["largest_rise"]
         low, high = rise["interval"]
@@ -84,6 +84,7 @@ def _trend_cells(trend: Mapping[str, Any]) -> Iterator[list[str]]:
             f"{rise['rise']:+.3f}",
             f"{low:+.3f} … {high:+.3f}",
             f"{rise['lags'][0]} → {rise['lags'][1]}",
+            f"{rise['accuracies'][0]:.3f} → {rise['accuracies'][1]:.3f}",
             "yes" if group["holds"] else "no",
         ]
 
@@ -103,7 +104,10 @@ def verdicts(results: Mapping[str, Any]) -> Iterator[str]:
         return
     broken = [group for group in trend["groups"] if not group["holds"]]
     if not broken:
-        yield "Accuracy does not rise with the lag by more than its 95 % interval, whatever the other settings."
+        yield (
+            "Accuracy does not rise with the lag by more than its 95 % interval, whatever the other settings: at no "
+            "lag does it lie above the interval of a shorter one."
+        )
     else:
         settings = "; ".join(_words(group["settings"]) for group in broken)
         yield (

@@ -1,4 +1,4 @@
-"""Ablations on a local Ray: a smoke sweep, one that is killed half-way and goes on, ASHA."""
+"""Ablations on a local Ray: a smoke sweep, one that loses a worker and then its driver and goes on, ASHA, Optuna."""
 
 import json
 import os
@@ -12,7 +12,10 @@ import pytest
 import yaml
 
 from crsm.model import save_checkpoint
+from jobs import ablate
 from jobs.ablation.sweep import TRIALS_FILE, read_records
+from jobs.ablation.table import Record, rows, write_table
+from jobs.ablation.trial import Bench
 from tests.fixtures import tiny_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -72,33 +75,74 @@ def test_a_smoke_sweep_measures_a_two_by_two_corner(sweep, tmp_path):
     assert "Traceback" not in err and "pid=" not in err and "Configuration for experiment" not in err
 
 
+def without_ray(tmp_path):
+    """The records of the whole sweep, measured here one after the other."""
+    whole = ablate.prepare(tmp_path / "sweep.yaml", [], None, None)
+    bench = Bench(whole.checkpoint, whole.ablation.task, whole.ablation.problems)
+    return [
+        Record(plan.trial, plan.point, plan.seed, bench.measure(plan.point, plan.seed, slice(None), plan.controls))
+        for plan in ablate.plan(whole)
+    ]
+
+
+def trial_processes(parent):
+    """Processes below another one that run trials."""
+    parents, names = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            names[int(path.name)] = (path / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+    found = []
+    for pid, name in names.items():
+        ancestor = pid
+        while ancestor in parents and ancestor != parent:
+            ancestor = parents[ancestor]
+        if ancestor == parent and name.startswith("ray::_Inner"):
+            found.append(pid)
+    return found
+
+
+def wait_until(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    pytest.fail("it took too long")
+
+
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_half_way_goes_on_to_the_same_table_row_for_row(sweep, tmp_path):
-    status, whole, err = finish(sweep("--output", tmp_path / "whole"))
-    assert status == 0, err
-    process = sweep("--output", tmp_path / "out", "--set", "ablation.concurrent=1")
+def test_a_sweep_that_loses_a_worker_and_then_its_driver_ends_with_the_same_table_row_for_row(sweep, tmp_path):
+    folder = tmp_path / "out"
+    process = sweep("--output", folder, "--set", "ablation.concurrent=1")
     try:
-        deadline = time.monotonic() + 200
-        while len(read_records(tmp_path / "out")) < 5 and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
+        wait_until(lambda: len(read_records(folder)) >= 2, process)
+        for pid in wait_until(lambda: trial_processes(process.pid), process):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: len(read_records(folder)) >= 5, process)
     finally:
-        process.kill()
+        os.kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
-    done = read_records(tmp_path / "out")
+    done = read_records(folder)
     assert 5 <= len(done) < 18
-    status, resumed, err = finish(sweep("--output", tmp_path / "out", "--resume"))
+
+    status, resumed, err = finish(sweep("--output", folder, "--resume"))
     assert status == 0, err
     assert resumed["resumed_trials"] == len(done)
-    assert resumed["table"] == whole["table"] and len(whole["table"]) == 18
-    for name in ("table.csv", "table.parquet"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    expected = rows(without_ray(tmp_path), ["random_write"])
+    assert resumed["table"] == expected and len(expected) == 18
+    (tmp_path / "expected").mkdir()
+    for path in write_table(expected, tmp_path / "expected"):
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+
     # What is finished is only read again: Ray does not even start.
-    status, again, err = finish(
-        sweep("--output", tmp_path / "out", "--resume", "--set", "ablation.resources.num_cpus=99")
-    )
+    impossible = ("--set", "ablation.resources.num_cpus=99")
+    status, again, err = finish(sweep("--output", folder, "--resume", *impossible))
     assert status == 0, err
-    assert again["table"] == whole["table"] and again["resumed_trials"] == 18
+    assert again["table"] == expected and again["resumed_trials"] == 18
 
 
 @pytest.mark.slow
@@ -112,6 +156,20 @@ def test_asha_ends_trials_early_and_their_rows_say_so(sweep, tmp_path):
     assert {row["problems"] for row in results["table"]} <= {4, 8}
     assert all(row["finished"] == (row["problems"] == 8) for row in results["table"])
     assert any(row["finished"] for row in results["table"])
+
+
+@pytest.mark.slow
+def test_optuna_is_told_the_mean_of_the_seeds_and_goes_on_where_it_stopped(sweep, tmp_path):
+    pytest.importorskip("optuna")
+    options = ("--set", "ablation.method=optuna", "--set", "ablation.seeds=[1,2]", "--output", tmp_path / "out")
+    status, first, err = finish(sweep(*options, "--set", "ablation.points=3"))
+    assert status == 0, err
+    assert sorted(row["seed"] for row in first["table"]) == [1, 1, 1, 2, 2, 2]
+    lines = (tmp_path / "out" / TRIALS_FILE).read_text().splitlines(keepends=True)
+    (tmp_path / "out" / TRIALS_FILE).write_text("".join(lines[:3]))  # one point, and one seed of another
+    status, again, err = finish(sweep(*options, "--set", "ablation.points=3", "--resume"))
+    assert status == 0, err
+    assert again["trials"] == 6 and again["table"][:3] == first["table"][:3]
 
 
 def test_a_trial_that_asks_for_more_than_there_is_is_refused_at_once(sweep, tmp_path):

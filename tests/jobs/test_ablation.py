@@ -412,7 +412,7 @@ def test_silence_is_broken_by_one_answer_that_differs():
     assert not is_silent({"injection_rate": 0.0, "channel": "policy"}, settings)
 
 
-def test_a_rise_with_the_lag_counts_only_beyond_its_interval():
+def test_a_rise_with_the_lag_counts_only_beyond_the_interval_of_the_shorter_one():
     assert lag_trend(pool(records(lambda lag, rate: 9 - lag))) is not None
     falling = lag_trend(pool(records(lambda lag, rate: 9 - lag)))
     assert falling["holds"] and [group["largest_rise"]["rise"] for group in falling["groups"]] == [-0.1, -0.1]
@@ -425,6 +425,11 @@ def test_a_rise_with_the_lag_counts_only_beyond_its_interval():
     assert rising["groups"][1]["largest_rise"]["lags"] == [0, 2]
     assert rising["groups"][1]["largest_rise"]["rise"] == pytest.approx(0.6)
     assert lag_trend([Pooled({"channel": "off"}, tally(3))]) is None
+    # 8 of 20 reach up to 0.61: 12 lie within, 13 do not.
+    assert wilson_interval(8, 20)[1] == pytest.approx(0.613, abs=1e-3)
+    for right, holds in ((12, True), (13, False)):
+        pair = [Pooled({"lag": 0}, tally(8, 20)), Pooled({"lag": 1}, tally(right, 20))]
+        assert lag_trend(pair)["holds"] is holds
 
 
 # -------------------------------------------------------------------------------------------------------------- the fit
