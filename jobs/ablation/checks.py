@@ -36,9 +36,8 @@ def silence(points: Sequence[Pooled], settings: Config) -> dict[str, Any]:
 def lag_trend(points: Sequence[Pooled]) -> dict[str, Any] | None:
     """Whether accuracy rises from a lag to a longer one by more than its interval, all other settings equal.
 
-    It does where a lag's accuracy lies above the upper end of the 95 % interval of a shorter one. Of all pairs of lags
-    the one that rises most counts, so that what is seen of a single pair says little; its paired difference, on the
-    same problems, is given beside.
+    It does where a lag's accuracy lies above the upper end of the 95 % interval of a shorter one, and the 95 % interval
+    of their difference on the same problems above 0. (Near 1, one more right answer of 500 is above the interval.)
 
     Returns:
         None where the lag was not swept; else ``holds`` and, per group of equal other settings, the largest rise.
@@ -61,7 +60,7 @@ def lag_trend(points: Sequence[Pooled]) -> dict[str, Any] | None:
                         {
                             "lags": [shorter.point["lag"], longer.point["lag"]],
                             "accuracies": [shorter.accuracy, longer.accuracy],
-                            "above": longer.accuracy > shorter.interval[1],
+                            "above": longer.accuracy > shorter.interval[1] and low > 0,
                             "rise": rise,
                             "interval": [low, high],
                         }

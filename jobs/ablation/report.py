@@ -106,7 +106,7 @@ def verdicts(results: Mapping[str, Any]) -> Iterator[str]:
     if not broken:
         yield (
             "Accuracy does not rise with the lag by more than its 95 % interval, whatever the other settings: at no "
-            "lag does it lie above the interval of a shorter one."
+            "lag does it lie above the interval of a shorter one, and the paired difference above 0."
         )
     else:
         settings = "; ".join(_words(group["settings"]) for group in broken)

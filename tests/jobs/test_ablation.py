@@ -427,8 +427,9 @@ def test_a_rise_with_the_lag_counts_only_beyond_the_interval_of_the_shorter_one(
     assert lag_trend([Pooled({"channel": "off"}, tally(3))]) is None
     # 8 of 20 reach up to 0.61: 12 lie within, 13 do not.
     assert wilson_interval(8, 20)[1] == pytest.approx(0.613, abs=1e-3)
-    for right, holds in ((12, True), (13, False)):
-        pair = [Pooled({"lag": 0}, tally(8, 20)), Pooled({"lag": 1}, tally(right, 20))]
+    # 19 of 20 reach up to 0.991, and all 20 are one more: that is chance.
+    for shorter, longer, holds in ((8, 12, True), (8, 13, False), (19, 20, True)):
+        pair = [Pooled({"lag": 0}, tally(shorter, 20)), Pooled({"lag": 1}, tally(longer, 20))]
         assert lag_trend(pair)["holds"] is holds
 
 
