@@ -145,18 +145,15 @@ def _fit(
     concurrent: int,
     hear: Callable[[Trial], None],
 ) -> None:
-    import os
     import tempfile
 
     from ray import tune
     from ray.tune.schedulers import AsyncHyperBandScheduler
 
-    from jobs.ablation.sweep import Listener
+    from jobs.ablation.sweep import Listener, quiet_tune
 
     stage = getattr(settings, tuning.stage)
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    quiet_tune()
 
     def ended(config: dict[str, Any], result: dict[str, Any]) -> None:
         hear(

@@ -16,6 +16,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -126,8 +127,19 @@ class Listener(tune.Callback):
         if self._on_result is not None:
             self._on_result(trial.config, trial.last_result)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        print(f"trial {trial.trial_id} lost its process and is run again", file=sys.stderr, flush=True)
+
 
 # ------------------------------------------------------------------------------------------------------------- running
+
+
+def quiet_tune() -> None:
+    """Leaves the talking to the job: to be called before Tune starts."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one says something even where it is to be silent
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is an interruption, not an end
 
 
 @contextlib.contextmanager
@@ -137,9 +149,7 @@ def cluster(resources: ResourcesConfig) -> Iterator[None]:
     Raises:
         ValueError: no node has what one trial asks for.
     """
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one says something even where it is to be silent
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is an interruption, not an end
+    quiet_tune()
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; without it Ray warns
     if not ray.is_initialized() and os.environ.get("RAY_ADDRESS", "local") == "local":

@@ -86,7 +86,7 @@ def without_ray(tmp_path):
 
 
 def trial_processes(parent):
-    """Processes below another one that run trials."""
+    """Processes below another one that run trials; the name is that of Tune's wrapper."""
     parents, names = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -99,7 +99,7 @@ def trial_processes(parent):
         ancestor = pid
         while ancestor in parents and ancestor != parent:
             ancestor = parents[ancestor]
-        if ancestor == parent and name.startswith("ray::_Inner"):
+        if ancestor == parent and name.startswith("ray::ResourceTrainable"):
             found.append(pid)
     return found
 
