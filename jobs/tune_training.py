@@ -145,6 +145,7 @@ def _fit(
     concurrent: int,
     hear: Callable[[Trial], None],
 ) -> None:
+    import os
     import tempfile
 
     from ray import tune
@@ -154,6 +155,8 @@ def _fit(
 
     stage = getattr(settings, tuning.stage)
     quiet_tune()
+    # Figures of evaluations are not there from the first look on.
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 
     def ended(config: dict[str, Any], result: dict[str, Any]) -> None:
         hear(
@@ -192,7 +195,13 @@ def _fit(
                     reduction_factor=tuning.reduction,
                 ),
             ),
-            run_config=tune.RunConfig(name="tuning", storage_path=scratch, verbose=0, callbacks=[Listener(ended)]),
+            run_config=tune.RunConfig(
+                name="tuning",
+                storage_path=scratch,
+                verbose=0,
+                failure_config=tune.FailureConfig(fail_fast=True),  # Ray Train has tried again where that may help
+                callbacks=[Listener(ended)],
+            ),
         ).fit()
     if results.errors:
         raise results.errors[0]

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -139,6 +140,7 @@ def quiet_tune() -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one says something even where it is to be silent
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what failed is raised
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is an interruption, not an end
 
 
