@@ -105,6 +105,11 @@ export function createControls(info, onPlanners) {
     values.channel = target.value;
     store({ channel: values.channel });
   });
+  if (info.clock === "virtual") {
+    byId("set-pace").disabled = true;
+    own.pace = 0;
+    specs.pace = { steps: [0], say: () => "none: virtual clock" };
+  }
   byId("planners-row").hidden = info.planners.maximum === 0;
   setAll({ ...own, ...readStored(), planners: info.planners.count });
 

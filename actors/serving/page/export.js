@@ -36,15 +36,29 @@ function traceSystem(system, name, pid, began) {
     { ph: "M", name: "thread_name", ...track, args: { name: "tokens" } },
   ];
   let previous = Math.round(offset);
-  for (const token of system.tokens) {
-    const { position, id, text, logprob, injected, at } = token;
-    const end = Math.max(previous, time(token));
-    const args = { position, id, logprob, injected, arrived_ms: Number((at - began).toFixed(3)) };
-    events.push({ ph: "X", cat: injected ? "token,injected" : "token", name: text.trim() || "(end)", ...track, ts: previous, dur: end - previous, args });
+  for (const bundle of bundles(system.tokens)) {
+    const end = Math.max(previous, time(bundle[0]));
+    bundle.forEach(({ position, id, text, logprob, injected, at }, i) => {
+      const from = previous + Math.round(((end - previous) * i) / bundle.length);
+      const to = previous + Math.round(((end - previous) * (i + 1)) / bundle.length);
+      const args = { position, id, logprob, injected, arrived_ms: Number((at - began).toFixed(3)), together: bundle.length };
+      events.push({ ph: "X", cat: injected ? "token,injected" : "token", name: text.trim() || "␣", ...track, ts: from, dur: to - from, args });
+    });
     previous = end;
   }
   for (const request of system.requests) events.push(...traceRequest(request, track, time));
   return events;
+}
+
+// Tokens that came together: nothing says when each was said, and they share the time evenly.
+function bundles(tokens) {
+  const found = [];
+  for (const token of tokens) {
+    const last = found.at(-1);
+    if (last && last[0].t === token.t && last[0].at === token.at) last.push(token);
+    else found.push([token]);
+  }
+  return found;
 }
 
 function traceRequest(request, track, time) {

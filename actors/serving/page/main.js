@@ -150,7 +150,7 @@ async function connect() {
   if (!controls) {
     controls = createControls(info, changePlanners);
     box = createProblemBox(info, showProblem, showError);
-    byId("score-pace").value = info.clock === "virtual" ? "none" : "50";
+    if (info.clock === "virtual") Object.assign(byId("score-pace"), { value: "none", disabled: true });
   }
   setRunning();
   await box.load();

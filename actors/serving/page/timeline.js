@@ -6,15 +6,17 @@ import { packLanes } from "./layout.js";
 import { OUTCOMES, outcomeOf, reasonOf } from "./race.js";
 import { planInWords } from "./tree.js";
 
+const SHOWN = 400; // positions drawn; the last ones
 const LANE = 20;
 const HEAD = 40;
 const COLUMN = { least: 34, most: 132 };
 
 // Columns (token positions) and spans with their lanes. Pure.
 export function layoutTimeline(system) {
-  const { requests } = system;
   const tokens = system.end ? [...system.tokens, system.end] : system.tokens;
-  const first = tokens.length ? tokens[0].position : Math.min(...requests.map((request) => request.position));
+  const start = tokens.length ? tokens[0].position : system.requests[0].position;
+  const first = Math.max(start, (tokens.at(-1)?.position ?? start) - SHOWN);
+  const requests = system.requests.filter((request) => request.position >= first);
   const ends = requests.map((request) => Math.max(request.position, endOf(request)));
   const last = Math.max(first, tokens.at(-1)?.position ?? first, ...ends);
   const lanes = packLanes(requests.map((request, i) => [request.position, ends[i]]));

@@ -5,7 +5,8 @@ import { html, number, percent, svg } from "./dom.js";
 import { tidyTree } from "./layout.js";
 
 const SHOWN = 40; // nodes; the most visited ones
-const ROW = 22;
+const HEIGHT = 210; // of the rows together, as long as each is between these two
+const ROW = { least: 23, most: 46 };
 const MARGIN = { left: 22, right: 56, top: 20, bottom: 14 };
 const LARGEST = 12; // radius of the root
 
@@ -53,10 +54,11 @@ export function drawTree(box, plan, width, grow) {
   }
   const { root, kept, total } = prune(plan.tree, plan.line_tokens ?? []);
   const { placed, rows, depth } = tidyTree(root, (node) => node.children);
-  const height = MARGIN.top + MARGIN.bottom + ROW * Math.max(rows, 3);
+  const pitch = Math.min(ROW.most, Math.max(ROW.least, HEIGHT / rows));
+  const height = MARGIN.top + MARGIN.bottom + pitch * rows;
   const column = Math.min(132, (width - MARGIN.left - MARGIN.right) / Math.max(depth, 1));
   const x = (item) => MARGIN.left + column * item.depth;
-  const y = (item) => MARGIN.top + ROW * (item.row + 0.5) + (ROW * Math.max(0, 3 - rows)) / 2;
+  const y = (item) => MARGIN.top + pitch * (item.row + 0.5);
   const radius = (node) => Math.max(3, LARGEST * Math.sqrt(node.visits / Math.max(1, root.visits)));
   const order = placed.map((_, index) => index).sort((a, b) => placed[a].node.principal - placed[b].node.principal);
   const edges = order.filter((index) => placed[index].parent >= 0).map((index) => {

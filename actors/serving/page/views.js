@@ -55,7 +55,8 @@ export function createViews() {
       drawTable(byId("timeline-rows"), system);
       const { asked, settled, hits, written } = planCounts(system);
       byId("timeline-note").textContent =
-        `${asked} asked for, ${written} written${settled ? `, ${percent(hits / settled)} of ${settled} usable in time` : ""}`;
+        `${asked} asked for, ${written} written${settled ? `, ${percent(hits / settled)} of ${settled} usable in time` : ""}` +
+        (system.tokens.length > 400 ? "; the last 400 positions are drawn" : "");
     }, 100),
     speech: throttled(() => {
       if (race) for (const name of SYSTEMS) drawSystem(name);
