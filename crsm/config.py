@@ -210,7 +210,7 @@ class DeliberationConfig(Settings):
     plan_every: Positive = 1
     """Ask at every n-th generated position."""
     max_plans: Annotated[int, Field(ge=0)] | None = None
-    """Requests per generation; None: no bound; 0: System 1 alone."""
+    """Requests per generation; 0: System 1 alone; None: no bound."""
     hypotheses: Positive = 1
     withdraw: bool = True
     """Take a superseded or spent write out of the state again."""
