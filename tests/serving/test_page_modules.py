@@ -275,17 +275,18 @@ GRAPH = {"edges": [[3, 4], [4, 28], [3, 8], [8, 5]], "start": 3, "goal": 28, "pa
 @pytest.mark.parametrize(
     ("text", "steps"),
     [
-        ("the path 3 4 28", [("4", True, True), ("28", True, True)]),
-        ("the path 3 8 5", [("8", True, False), ("5", True, False)]),
-        ("3 28", [("28", False, False)]),
-        ("8 4", [("4", False, False)]),
+        ("the path 3 4 28", [("4", True, True, False), ("28", True, True, False)]),
+        ("the path 3 8 5", [("8", True, False, True), ("5", True, False, False)]),
+        ("3 28", [("28", False, False, True)]),
+        ("3 8 28", [("8", True, False, True), ("28", False, False, True)]),
+        ("8 5", [("5", True, False, True)]),
         ("the path 3", []),
         ("", []),
     ],
 )
-def test_steps_of_an_answer_are_edges_or_not_and_right_until_the_first_wrong_one(module, text, steps):
+def test_steps_of_an_answer_are_right_until_the_first_wrong_turn(module, text, steps):
     found = module("graph", "(m, [text, data]) => m.stepsOf(text, data).steps", [text, GRAPH])
-    assert [(step["to"], step["isEdge"], step["right"]) for step in found] == steps
+    assert [(step["to"], step["isEdge"], step["right"], step["wrongTurn"]) for step in found] == steps
 
 
 def test_every_node_of_a_graph_has_a_place_of_its_own(module):

@@ -28,7 +28,8 @@ export function layoutGraph(data) {
   return { nodes, rows: Math.max(rows, row), columns: depth + (row ? 2 : 1) };
 }
 
-// The steps that an answer makes: {from, to, isEdge, right}. Words that name no node are skipped. Pure.
+// The steps that an answer makes: {from, to, isEdge, right, wrongTurn}. A wrong turn leaves the way to the goal, or takes
+// no edge; what follows a wrong turn is not right either. Words that name no node are skipped. Pure.
 export function stepsOf(text, data) {
   const names = new Set(data.edges.flat().map(String));
   const edges = new Set(data.edges.map(([from, to]) => `${from} ${to}`));
@@ -37,8 +38,10 @@ export function stepsOf(text, data) {
   const steps = [];
   let right = said[0] === path[0];
   for (let i = 1; i < said.length; i++) {
+    const isEdge = edges.has(`${said[i - 1]} ${said[i]}`);
+    const before = right || (i === 1 && said[0] !== path[0]);
     right &&= said[i] === path[i];
-    steps.push({ from: said[i - 1], to: said[i], isEdge: edges.has(`${said[i - 1]} ${said[i]}`), right });
+    steps.push({ from: said[i - 1], to: said[i], isEdge, right, wrongTurn: !isEdge || (before && !right) });
   }
   return { said, steps };
 }
@@ -93,9 +96,9 @@ function drawStep(step, { a, b }, name) {
   const bow = step.isEdge ? middle : { x: middle.x + 0.25 * (b.y - a.y), y: middle.y - 0.25 * (b.x - a.x) - 12 };
   const at = { x: (middle.x + bow.x) / 2, y: (middle.y + bow.y) / 2 };
   return [
-    svg("path", { class: step.isEdge ? "stroke" : "stroke no-edge", d: `M${a.x} ${a.y}Q${bow.x} ${bow.y} ${b.x} ${b.y}`, pathLength: 1 },
+    svg("path", { class: step.isEdge ? (step.right ? "stroke" : "stroke astray") : "stroke no-edge", d: `M${a.x} ${a.y}Q${bow.x} ${bow.y} ${b.x} ${b.y}`, pathLength: 1 },
       svg("title", {}, `${NAMES[name]}: ${step.from} to ${step.to}${step.isEdge ? "" : ", which is no edge"}${step.right ? "" : ", wrong"}`)),
-    !step.right && svg("path", { class: "wrong", d: `M${at.x - 5} ${at.y - 5}l10 10m0 -10l-10 10` }),
+    step.wrongTurn && svg("path", { class: "wrong", d: `M${at.x - 5} ${at.y - 5}l10 10m0 -10l-10 10` }),
   ];
 }
 
@@ -103,7 +106,7 @@ function describe(data, answers) {
   const said = SYSTEMS.map((name) => {
     const { said: nodes, steps } = stepsOf(answers[name] ?? "", data);
     if (!nodes.length) return "";
-    const wrong = steps.find((step) => !step.right);
+    const wrong = steps.find((step) => step.wrongTurn);
     return ` ${NAMES[name]} goes ${nodes.join(", ")}${wrong ? `; its step to ${wrong.to} is wrong` : ""}.`;
   });
   return `Graph of ${data.edges.length} edges from ${data.start} to ${data.goal}.${said.join("")}`;
