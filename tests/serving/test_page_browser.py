@@ -49,7 +49,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser):
-    """Opens the page of a server: ``visit(url, settings, **context)``."""
+    """Opens the page of a server: ``visit(url, settings, **context)``; ``before`` gets it while it is empty."""
     contexts, problems = [], []
 
     def note_console(message, may_fail):
@@ -57,7 +57,11 @@ def visit(browser):
         if message.type in ("error", "warning") and not (may_fail and "Failed to load resource" in message.text):
             problems.append(f"console: {message.text}")
 
-    def open_page(url, settings=FAST, may_fail=False, **options):
+    def note_request(request, url):
+        if not request.url.startswith((url, f"blob:{url}")):
+            problems.append(f"request: {request.url}")
+
+    def open_page(url, settings=FAST, may_fail=False, before=lambda page: None, **options):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         contexts.append(context)
         context.set_default_timeout(WAIT)
@@ -66,7 +70,8 @@ def visit(browser):
         page = context.new_page()
         page.on("console", lambda message: note_console(message, may_fail))
         page.on("pageerror", lambda error: problems.append(f"error: {error}"))
-        page.on("request", lambda request: None if request.url.startswith((url, "blob:" + url)) else problems.append(request.url))
+        page.on("request", lambda request: note_request(request, url))
+        before(page)
         page.goto(url)
         return page
 
@@ -147,7 +152,9 @@ def test_a_race_says_what_the_api_answers_and_judges_both(served, visit):
             end = page.locator(f"#{name}-said .end")
             said = page.locator(f"#{name}-said").inner_text().removesuffix(end.inner_text()).strip()
             assert said == text.strip()
-            marked = [int(each.get_attribute("data-position")) for each in page.locator(f"#{name}-said .injected").all()]
+            marked = [
+                int(each.get_attribute("data-position")) for each in page.locator(f"#{name}-said .injected").all()
+            ]
             assert marked == [injection["position"] + 1 for injection in injections]
 
 
@@ -183,7 +190,9 @@ def test_give_me_a_problem_goes_to_the_next_one(served, visit):
     page = ready(visit(served.url))
     for index in (0, 1, 2):
         assert page.locator("#index").input_value() == str(index)
-        assert page.locator("#prompt").input_value() == served.get(f"/v1/crsm/problems/path_star?index={index}")["prompt"]
+        assert (
+            page.locator("#prompt").input_value() == served.get(f"/v1/crsm/problems/path_star?index={index}")["prompt"]
+        )
         with page.expect_response(re.compile(f"index={index + 1}")):
             page.locator("#next-problem").click()
     with page.expect_response(re.compile("/v1/crsm/problems/")):
@@ -444,6 +453,57 @@ def test_a_server_that_is_gone_is_said_to_be(served, visit):
     assert page.locator("#error-text").inner_text() == "The server cannot be reached."
 
 
+def test_a_server_that_starts_later_is_found(served, visit):
+    asked = []
+
+    def refuse_twice(route):
+        asked.append(1)
+        answer = {
+            "error": {"message": "the generator is not ready", "type": "server_error", "param": None, "code": None}
+        }
+        if len(asked) < 3:
+            route.fulfill(status=503, json=answer)
+        else:
+            route.continue_()
+
+    page = visit(served.url, may_fail=True, before=lambda page: page.route("**/v1/crsm/info", refuse_twice))
+    page.get_by_text("the generator is not ready").wait_for()
+    ready(page)
+    assert page.locator("#errors").is_hidden() and len(asked) == 3
+
+
+def test_a_long_answer_is_shown_whole(served, visit):
+    """A thousand tokens with a plan for each, all at once."""
+    page = ready(visit(served.url))
+    chunks = []
+    for n in range(1000):
+        event = {
+            "request": n,
+            "position": 40 + n,
+            "target": 42 + n,
+            "lag": 2,
+            "t": n / 1000,
+            "line": "a",
+            "assumed": "",
+        }
+        plan = event | {"type": "crsm.plan", "value_now": 0.5, "value_planned": 0.6, "gates": [1], "line_tokens": [0]}
+        plan |= {"simulations": 1, "seconds": 0.001, "tree": {"token": None, "text": "", "visits": 1, "value": 0.5}}
+        events = [event | {"type": "crsm.request"}, plan]
+        if n >= 2:
+            done = plan | {"request": n - 2, "position": 40 + n, "target": 40 + n}
+            events.append(done | {"type": "crsm.inject", "reason": "on_time", "late": 0, "alpha": [0.1]})
+        token = {"position": 40 + n, "id": 5, "text": " word", "logprob": -1.0, "injected": n > 2}
+        crsm = {"events": events, "tokens": [token], "t": n / 1000, "log": []}
+        chunks.append({"choices": [{"index": 0, "text": " word", "finish_reason": None}], "crsm": crsm})
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    page.route("**/v1/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    race(page)
+    assert page.locator("#two-said .token").count() == 1000
+    assert page.locator("#two-said .injected").count() == 997
+    page.get_by_text("the last 400 positions are drawn").wait_for()
+    assert page.locator("#timeline .head").count() <= 404
+
+
 # ----------------------------------------------------------------------------------------------------- score, exports
 
 
@@ -574,6 +634,16 @@ def test_nothing_is_wider_than_the_window(served, visit, width):
     assert page.locator("#start").bounding_box()["height"] >= 32
 
 
+def test_a_finger_shows_what_a_pointer_does(served, visit):
+    page = ready(visit(served.url, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True))
+    race(page)
+    page.locator("#two-said .injected").first.tap()
+    page.wait_for_timeout(400)
+    box = page.locator("#tooltip").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] >= 0
+    assert page.locator("#tooltip tbody tr").count() == 4
+
+
 CONTRASTS = """() => {
   const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
   const rgb = (colour) => {
@@ -628,7 +698,8 @@ def test_time_from_first_paint_to_first_token(paced, visit, capsys):
         page.locator("#start:enabled").click(no_wait_after=True)
         page.locator("#two-said .token").first.wait_for()
         times.append(
-            page.evaluate("performance.now() - performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1000
+            page.evaluate("performance.now() - performance.getEntriesByName('first-contentful-paint')[0].startTime")
+            / 1000
         )
     with capsys.disabled():
         print(f"\nfirst paint to first token: {', '.join(f'{seconds:.2f}' for seconds in times)} s")

@@ -256,7 +256,14 @@ def test_a_timeline_has_a_column_for_every_position_up_to_the_last_target(module
 
 
 def node(token, visits, *children):
-    return {"token": token, "text": str(token), "visits": visits, "value": 0.5, "prior": 0.1, "children": list(children)}
+    return {
+        "token": token,
+        "text": str(token),
+        "visits": visits,
+        "value": 0.5,
+        "prior": 0.1,
+        "children": list(children),
+    }
 
 
 def test_pruning_keeps_the_most_visited_nodes_with_their_parents(module):

@@ -1,4 +1,4 @@
-// The server's endpoints, all of the page's own origin. Whatever goes wrong comes out as an ApiError with the server's
+// The server's endpoints, beside the page on its own origin (relative, so that a path prefix in front does no harm). Whatever goes wrong comes out as an ApiError with the server's
 // words; an aborted request comes out as the AbortError that fetch throws.
 
 import { EventParser } from "./sse.js";
@@ -20,20 +20,20 @@ export const apiKey = {
   set: (key) => (key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY)),
 };
 
-export const getInfo = (signal) => json("/v1/crsm/info", { signal });
+export const getInfo = (signal) => json("v1/crsm/info", { signal });
 
 export const getProblem = (task, index, signal) =>
-  json(`/v1/crsm/problems/${encodeURIComponent(task)}?index=${index}`, { signal });
+  json(`v1/crsm/problems/${encodeURIComponent(task)}?index=${index}`, { signal });
 
-export const checkAnswer = (task, index, text, signal) => json("/v1/crsm/check", { body: { task, index, text }, signal });
+export const checkAnswer = (task, index, text, signal) => json("v1/crsm/check", { body: { task, index, text }, signal });
 
-export const setPlanners = (count) => json("/v1/crsm/planners", { method: "PUT", body: { count } });
+export const setPlanners = (count) => json("v1/crsm/planners", { method: "PUT", body: { count } });
 
-export const complete = (body, signal) => json("/v1/completions", { body, signal });
+export const complete = (body, signal) => json("v1/completions", { body, signal });
 
 // The chunks of a streamed completion with their arrival times: {chunk, at}.
 export async function* streamCompletion(body, signal) {
-  const response = await send("/v1/completions", { body: { ...body, stream: true }, signal });
+  const response = await send("v1/completions", { body: { ...body, stream: true }, signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   const parser = new EventParser();
   for (;;) {

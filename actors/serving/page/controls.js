@@ -78,7 +78,8 @@ export function createControls(info, onPlanners) {
 
   const setAll = (wanted) => {
     for (const name of Object.keys(specs)) setSlider(name, usable(wanted[name], own[name]));
-    for (const name of ["max_tokens", "seed"]) setField(name, usable(wanted[name], own[name]));
+    setField("max_tokens", Math.min(usable(wanted.max_tokens, own.max_tokens), info.limits?.max_tokens ?? Infinity));
+    setField("seed", usable(wanted.seed, own.seed));
     const channels = [...byId("set-channel").options].map((option) => option.value);
     setField("channel", [wanted.channel, own.channel, "state"].find((channel) => channels.includes(channel)));
   };

@@ -132,13 +132,15 @@ function setScoring(answered, count) {
 
 // ------------------------------------------------------------------------------------------------------------ setup
 
-async function connect() {
+// A server that starts, restarts or is away is asked again, ever more rarely.
+async function connect(tries = 0) {
   setServer("connecting", "");
   try {
     info = await getInfo();
   } catch (error) {
     setServer("not connected", "bad");
     showError(error);
+    if (error.status === 0 || error.status === 503) setTimeout(() => connect(tries + 1), Math.min(10_000, 500 * 2 ** tries));
     return;
   }
   clearError();
@@ -158,11 +160,11 @@ async function connect() {
 
 async function changePlanners(count) {
   try {
-    controls.setPlanners(await setPlanners(count));
+    info.planners = await setPlanners(count);
   } catch (error) {
     showError(error);
-    controls.setPlanners(info.planners);
   }
+  controls.setPlanners(info.planners);
 }
 
 function wire() {

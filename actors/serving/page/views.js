@@ -106,7 +106,9 @@ export function createViews() {
     const { two } = race.systems;
     const plans = two.requests.filter((each) => each.plan);
     const at = plans.findIndex((each) => each.id === (chosen ?? restingRequest(two)).id);
-    chosen = plans[Math.min(plans.length - 1, Math.max(0, at + by))];
+    const to = Math.min(plans.length - 1, Math.max(0, at + by));
+    // At the last plan of a race that goes on, the next one is followed again.
+    chosen = to === plans.length - 1 && !isOver(two) ? null : plans[to];
     drawings.tree();
   }
 
