@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tests.serving.page_server import chromium, serve_page
+from tests.serving.page.page_server import chromium, serve_page
 
 WIDTH, HEIGHT = 1440, 1225
 TRIES = 20
@@ -23,7 +23,7 @@ def take(file: Path, scheme: str) -> int:
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=scheme)
         page.goto(served.url)
         page.locator("#graph svg").wait_for()
-        for index in range(TRIES):
+        for _ in range(TRIES):
             page.locator("#start").click()
             page.locator("#stop:disabled").wait_for()
             verdicts = [page.locator(f"#{name}-verdict").inner_text() for name in ("one", "two")]
@@ -38,7 +38,7 @@ def take(file: Path, scheme: str) -> int:
         page.mouse.move(0, 0)
         page.wait_for_timeout(SETTLED)
         page.screenshot(path=file)
-        return index
+        return int(page.locator("#index").input_value())
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def chromium() -> Iterator[Any]:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        raise RuntimeError("playwright is missing; install it (pip install -e '.[dev]')") from None
+        raise RuntimeError("playwright is missing; install it (pip install -e '.[browser]')") from None
     with sync_playwright() as playwright:
         # Its sandbox needs name spaces that containers seldom give; the only page it opens is ours.
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])

@@ -1,9 +1,10 @@
-"""The page's modules by themselves: parsing, the state of a race, layouts, statistics, exports. No server, no drawing."""
+"""The page's modules by themselves: parsing, the state of a race, layouts, statistics, exports."""
 
 from __future__ import annotations
 
 import functools
 import http.server
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import actors.serving
 from crsm.evaluation.statistics import mcnemar, wilson_interval
-from tests.serving.page_server import chromium
+from tests.serving.page.page_server import chromium
 
 pytestmark = pytest.mark.browser
 
@@ -239,7 +240,7 @@ def test_no_two_intervals_of_a_lane_meet(module, pairs):
     lanes = module("layout", "(m, intervals) => m.packLanes(intervals)", intervals)
     for lane in set(lanes):
         mine = [interval for interval, each in zip(intervals, lanes, strict=True) if each == lane]
-        assert all(a[1] < b[0] for a, b in zip(mine, mine[1:], strict=False))
+        assert all(a[1] < b[0] for a, b in itertools.pairwise(mine))
 
 
 def test_a_timeline_has_a_column_for_every_position_up_to_the_last_target(module):
@@ -309,7 +310,8 @@ def test_every_node_of_a_graph_has_a_place_of_its_own(module):
 def test_system_1_is_the_same_request_with_the_channel_off(module):
     settings = {"lag": 2, "injection_rate": 0.05, "simulations": 64, "hypotheses": 1, "channel": "state"}
     settings |= {"pace": 4, "temperature": 0, "max_tokens": 16, "seed": 0}
-    function = "(m, settings) => ['one', 'two'].map((name) => m.completionBody(name, { model: 'nano', prompt: 'p', settings }))"
+    function = """(m, settings) =>
+      ["one", "two"].map((name) => m.completionBody(name, { model: "nano", prompt: "p", settings }))"""
     one, two = module("request", function, settings)
     assert two["crsm"] == {"lag": 2, "injection_rate": 0.05, "simulations": 64, "hypotheses": 1} | {
         "channel": "state",
