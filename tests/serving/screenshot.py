@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.serving.page.page_server import chromium, serve_page
 
-WIDTH, HEIGHT = 1440, 1225
+WIDTH = 1440
 TRIES = 20
 SETTLED = 800
 """Milliseconds until everything is drawn."""
@@ -20,7 +20,7 @@ SETTLED = 800
 def take(file: Path, scheme: str) -> int:
     """Writes the picture; returns the number of the problem."""
     with serve_page("wall") as served, chromium() as browser:
-        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=scheme)
+        page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme=scheme)
         page.goto(served.url)
         page.locator("#graph svg").wait_for()
         for _ in range(TRIES):
@@ -36,8 +36,9 @@ def take(file: Path, scheme: str) -> int:
         page.locator("#score-start").click()
         page.locator("#score-start:enabled").wait_for(timeout=120_000)
         page.mouse.move(0, 0)
+        page.evaluate("scrollTo(0, 0)")
         page.wait_for_timeout(SETTLED)
-        page.screenshot(path=file)
+        page.screenshot(path=file, full_page=True)
         return int(page.locator("#index").input_value())
 
 

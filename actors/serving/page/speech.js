@@ -59,7 +59,7 @@ export function createSpeech(box, tooltip, placeholder, onPoint) {
   const endMark = (system) => {
     const request = requestBehind(system, system.end);
     const word = request ? addButton(system.end, request) : html("span", { class: "token" }, system.end.text);
-    return html("span", { class: "end" }, " its own verdict: ", word);
+    return html("span", { class: "end" }, "Its own verdict: ", word);
   };
 
   clear();

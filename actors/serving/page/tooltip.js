@@ -22,7 +22,12 @@ export function createTooltip(box, onHide) {
     box.replaceChildren(content);
     box.hidden = false;
     element.setAttribute("aria-describedby", box.id);
-    const at = element.getBoundingClientRect();
+    place();
+  };
+
+  const place = () => {
+    const at = anchor.getBoundingClientRect();
+    if (at.bottom < 0 || at.top > innerHeight) return hide();
     const size = box.getBoundingClientRect();
     const left = Math.min(Math.max(GAP, at.left + at.width / 2 - size.width / 2), innerWidth - size.width - GAP);
     const below = at.bottom + GAP + size.height < innerHeight;
@@ -37,6 +42,6 @@ export function createTooltip(box, onHide) {
 
   box.addEventListener("pointerenter", () => clearTimeout(leaving));
   box.addEventListener("pointerleave", leave);
-  addEventListener("scroll", () => anchor && hide(), { passive: true });
+  for (const moved of ["scroll", "resize"]) addEventListener(moved, () => anchor && place(), { passive: true, capture: true });
   return { show, hide, leave, isOpen: () => !box.hidden };
 }

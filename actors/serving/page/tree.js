@@ -5,8 +5,8 @@ import { html, number, percent, svg } from "./dom.js";
 import { tidyTree } from "./layout.js";
 
 const SHOWN = 40; // nodes; the most visited ones
-const HEIGHT = 210; // of the rows together, as long as each is between these two
-const ROW = { least: 23, most: 46 };
+const HEIGHT = 215; // of the rows together, as long as each is between these two
+const ROW = { least: 23, most: 68 };
 const MARGIN = { left: 22, right: 56, top: 20, bottom: 14 };
 const LARGEST = 12; // radius of the root
 

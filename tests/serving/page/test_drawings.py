@@ -39,6 +39,18 @@ def test_a_marked_position_explains_its_plan_to_pointer_and_keyboard(served, vis
     assert page.locator("#two-said .injected[tabindex='0']").count() == 1
 
 
+def test_a_position_that_is_scrolled_to_by_the_keyboard_is_explained_all_the_same(served, visit):
+    page = ready(visit(served.url, viewport={"width": 360, "height": 400}))
+    race(page)
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    page.locator("#two-said .injected").first.focus()
+    page.wait_for_timeout(400)
+    assert page.evaluate("scrollY") < page.evaluate("document.body.scrollHeight") - 400
+    assert page.locator("#tooltip").is_visible()
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    page.locator("#tooltip").wait_for(state="hidden")
+
+
 def test_the_search_tree_shows_the_principal_variation_and_its_visits(served, visit):
     page = ready(visit(served.url))
     race(page)
