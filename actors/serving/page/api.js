@@ -37,7 +37,10 @@ export async function* streamCompletion(body, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   const parser = new EventParser();
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reader.read().catch((error) => {
+      if (isAbort(error)) throw error;
+      return { done: true };
+    });
     if (done) throw new ApiError("The stream broke off before its end.");
     const at = performance.now();
     for (const data of parser.push(value)) {

@@ -36,19 +36,21 @@ export function onWidth(element, draw) {
   }).observe(element);
 }
 
-// At most one call per frame and per `interval` milliseconds; the last one is never lost.
+// At most one call per frame and per `interval` milliseconds, and a fifth of the time; the last one is never lost.
 export function throttled(draw, interval = 0) {
   let waiting = false;
   let last = -Infinity;
+  let cost = 0;
   return () => {
     if (waiting) return;
     waiting = true;
     const run = () => requestAnimationFrame((now) => {
       waiting = false;
-      last = now;
       draw();
+      last = performance.now();
+      cost = last - now;
     });
-    const rest = interval - (performance.now() - last);
+    const rest = Math.max(interval, 4 * cost) - (performance.now() - last);
     if (rest > 0) setTimeout(run, rest);
     else run();
   };

@@ -23,10 +23,10 @@ async function runSystem(race, name, dispatch, onError, signal) {
   } catch (error) {
     if (isAbort(error)) {
       dispatch(name, { type: "cancelled" });
-    } else {
-      dispatch(name, { type: "failed", message: error.message });
-      onError(error);
+      return;
     }
-    if (!isAbort(error) && !(error instanceof ApiError)) throw error;
+    dispatch(name, { type: "failed", message: error.message });
+    onError(error);
+    if (!(error instanceof ApiError)) console.error(error); // a mistake of the page itself
   }
 }

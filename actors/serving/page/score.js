@@ -27,7 +27,8 @@ export async function runScore({ model, task, start, count, settings }, onScore,
   const any = AbortSignal.any([signal, stop.signal]);
   const worker = async () => {
     while (next < start + count) {
-      const problem = await patiently(() => getProblem(task, next++, any), any);
+      const index = next++;
+      const problem = await patiently(() => getProblem(task, index, any), any);
       const [one, two] = await Promise.all(
         SYSTEMS.map(async (name) => {
           const body = completionBody(name, { model, prompt: problem.prompt, settings, watch: false });

@@ -87,7 +87,7 @@ export function createSpeech(box, tooltip, placeholder, onPoint) {
   };
 }
 
-const wordOf = (token) => token.text.trim() || (token.text ? "␣" : "end");
+const wordOf = (token) => token.text.trim() || "␣";
 
 function explanation(request) {
   const { injection, plan } = request;

@@ -52,7 +52,7 @@ export function createViews() {
       const following = box.scrollLeft + box.clientWidth >= box.scrollWidth - 40;
       drawTimeline(box, system, box.clientWidth, (request) => point(request));
       if (following && !isOver(system)) box.scrollLeft = box.scrollWidth;
-      drawTable(byId("timeline-rows"), system);
+      if (isOver(system) || byId("timeline-table").open) drawTable(byId("timeline-rows"), system);
       const { asked, settled, hits, written } = planCounts(system);
       byId("timeline-note").textContent =
         `${asked} asked for, ${written} written${settled ? `, ${percent(hits / settled)} of ${settled} usable in time` : ""}` +

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.serving.page.page_server import serve_page
-from tests.serving.page.visiting import bodies, over, race, ready
+from tests.serving.page.visiting import SLOW, bodies, over, race, ready
 
 pytestmark = pytest.mark.browser
 
@@ -96,6 +96,18 @@ def test_a_stream_that_breaks_off_is_a_stated_failure(served, visit):
     over(page)
     assert page.locator("#error-text").inner_text() == "The stream broke off before its end."
     assert page.locator("#start").is_enabled()
+
+
+def test_a_generator_that_dies_in_mid_race_is_a_stated_failure(visit):
+    with serve_page("wall") as doomed:
+        page = ready(visit(doomed.url, SLOW))
+        page.locator("#start").click()
+        page.locator("#two-said .token").first.wait_for()
+        doomed.backend.close()
+        over(page)
+        assert [page.locator(f"#{name}-verdict").inner_text() for name in ("one", "two")] == ["failed", "failed"]
+        assert page.locator("#error-text").inner_text() != ""
+        assert page.locator("#start").is_enabled()
 
 
 def test_a_server_that_is_gone_is_said_to_be(served, visit):

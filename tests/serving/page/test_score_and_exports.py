@@ -35,6 +35,27 @@ def test_a_score_is_that_of_the_api_with_its_interval_and_test(served, visit):
     assert p == pytest.approx(expected, abs=0.0005) if expected >= 0.001 else p == pytest.approx(expected, rel=0.5)
 
 
+def test_a_full_server_costs_a_score_no_problem(served, visit):
+    page = ready(visit(served.url, may_fail=True))
+    asked = []
+
+    def refuse_every_third(route):
+        asked.append(route.request.url)
+        if len(asked) % 3:
+            route.continue_()
+        else:
+            route.fulfill(status=429, headers={"Retry-After": "0"}, json={"error": {"message": "full"}})
+
+    page.route(re.compile(r"/v1/(completions|crsm/problems)"), refuse_every_third)
+    page.locator("#score-count").fill("6")
+    page.locator("#score-start").click()
+    page.locator("#score-start:enabled").wait_for()
+    assert page.locator("#errors").is_hidden()
+    right = sum(answer(served, "path_star", i, "two")[2] for i in range(6))
+    assert page.locator("#score-result tr.two td").all_inner_texts()[3] == f"{right} of 6"
+    assert {int(url.split("=")[1]) for url in asked if "problems" in url} == set(range(6))
+
+
 def test_a_score_can_be_stopped(paced, visit):
     page = ready(visit(paced.url))
     page.locator("#score-pace").select_option("as set")
