@@ -56,6 +56,6 @@ export function throttled(draw, interval = 0) {
   };
 }
 
-export const number = (value, digits = 2) => (Number.isFinite(value) ? value.toFixed(digits) : "–");
+export const number = (value, digits = 2) => (Number.isFinite(value) ? value.toFixed(digits).replace(/^-(0\.?0*)$/, "$1") : "–");
 
 export const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)} %`;

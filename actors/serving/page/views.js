@@ -187,10 +187,8 @@ function statsOf(system, name) {
   const first = firstTokenSeconds(system);
   if (first !== null) parts.push(`first after ${number(first)} s`);
   if (name === "two" && system.requests.length) {
-    const last = system.requests.findLast((request) => reasonOf(request) !== null);
     const { written } = planCounts(system);
     parts.push(`${written} ${written === 1 ? "plan" : "plans"} written`);
-    if (last && !isOver(system)) parts.push(`last: ${outcomeOf(reasonOf(last)).word}`);
   }
   if (system.finish && system.finish !== "stop") parts.push(`ended by ${system.finish}`);
   if (system.checked && !system.checked.correct) parts.push(`right would be: ${system.checked.solution}`);

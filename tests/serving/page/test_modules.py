@@ -349,3 +349,8 @@ def test_tokens_that_came_together_share_their_time(module):
     both = chunk("the path", [token(3, "the"), token(4, " path")], t=0.4)
     slices = [event for event in trace(module, both)["traceEvents"] if event["ph"] == "X"]
     assert [(event["ts"], event["dur"]) for event in slices] == [(0, 200_000), (200_000, 200_000)]
+
+
+def test_numbers_have_no_negative_zero(module):
+    found = module("dom", "(m, values) => values.map((value) => m.number(value))", [-0.001, -0.01, 0.0, 1.005, None])
+    assert found == ["0.00", "-0.01", "0.00", "1.00", "–"]
