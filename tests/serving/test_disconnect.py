@@ -42,7 +42,8 @@ def raw_request(address: str, body: dict[str, Any]) -> socket.socket:
 
 def test_a_client_that_leaves_a_stream_ends_all_its_generations(backend: FakeBackend, address: str) -> None:
     with httpx.stream("POST", f"{address}/v1/completions", json={**BODY, "stream": True, "n": 3}) as answer:
-        next(answer.iter_bytes())
+        pieces = answer.iter_bytes()
+        next(pieces)
         assert len(backend.open) == 3
     wait_until(lambda: not backend.open)
     assert len(backend.closed) == 3 and not backend.finished
