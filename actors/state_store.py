@@ -1,7 +1,7 @@
 """Saved generations by handle, for a time and within a number of bytes. No Ray, no threads.
 
 A handle is a name; the state behind it is a value: it can be started from any number of times (fork), handed out to
-another generator (migrate), and is gone when its time is over.
+another generator (migrate), and is gone when its time is over. A state may have an owner, whom alone it is found for.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ class StateHandle:
 class _Entry:
     saved: SavedGeneration
     until: float
+    owner: str
 
 
 class StateStore:
-    """The states that one generator keeps. Of those that do not fit, the ones that end first are dropped."""
+    """Of the states that do not fit, the owner's own go first, and of these the ones that end first."""
 
     def __init__(self, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_bytes, self._clock = max_bytes, clock
@@ -47,7 +48,7 @@ class StateStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def put(self, saved: SavedGeneration, seconds: float) -> StateHandle:
+    def put(self, saved: SavedGeneration, seconds: float, owner: str = "") -> StateHandle:
         """Keeps a state.
 
         Raises:
@@ -58,29 +59,52 @@ class StateStore:
         if saved.num_bytes > self._max_bytes:
             raise ValueError(f"the state has {saved.num_bytes} bytes; allowed: at most {self._max_bytes}")
         self._expire()
-        for handle in sorted(self._entries, key=lambda handle: self._entries[handle].until):
+        for handle in sorted(self._entries, key=lambda handle: self._rank(self._entries[handle], owner)):
             if self.num_bytes + saved.num_bytes <= self._max_bytes:
                 break
             del self._entries[handle]
         handle = uuid.uuid4().hex
-        self._entries[handle] = _Entry(saved, self._clock() + seconds)
+        self._entries[handle] = _Entry(saved, self._clock() + seconds, owner)
         return StateHandle(handle, saved.generation_id, saved.position, saved.num_bytes, seconds)
 
-    def get(self, handle: str) -> SavedGeneration:
+    def get(self, handle: str, owner: str = "") -> SavedGeneration:
         """The state behind a handle.
 
         Raises:
-            ValueError: there is none, or its time is over.
+            ValueError: there is none, its time is over, or it is another owner's.
+        """
+        return self.find(handle, owner)[0]
+
+    def find(self, handle: str, owner: str = "") -> tuple[SavedGeneration, StateHandle]:
+        """The state behind a handle, and what is left of its time.
+
+        Raises:
+            ValueError: as :meth:`get`; it does not say which of the three.
         """
         self._expire()
-        if handle not in self._entries:
+        entry = self._entries.get(handle)
+        if entry is None or entry.owner != owner:
             raise ValueError(f"state {handle!r} is not known, or its time is over; allowed: a handle of this generator")
-        return self._entries[handle].saved
+        saved = entry.saved
+        left = entry.until - self._clock()
+        return saved, StateHandle(handle, saved.generation_id, saved.position, saved.num_bytes, left)
 
-    def drop(self, handle: str) -> bool:
-        """Forgets a state; whether there was one."""
+    def drop(self, handle: str, owner: str = "") -> bool:
+        """Forgets a state; whether there was one of this owner's."""
         self._expire()
-        return self._entries.pop(handle, None) is not None
+        if handle not in self._entries or self._entries[handle].owner != owner:
+            return False
+        del self._entries[handle]
+        return True
+
+    def resize(self, max_bytes: int) -> None:
+        """Another bound from now on; what is there stays until there is more to keep."""
+        self._max_bytes = max_bytes
+
+    @staticmethod
+    def _rank(entry: _Entry, owner: str) -> tuple[bool, float]:
+        """Who goes first for a state of this owner's: nobody can push out others' while there are states of his own."""
+        return entry.owner != owner, entry.until
 
     def _expire(self) -> None:
         now = self._clock()
