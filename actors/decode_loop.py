@@ -23,6 +23,7 @@ from typing import Any
 
 from crsm.engine import Engine, QueueFull
 from crsm.generation import GenerationRequest
+from crsm.plan_events import PlanEvent
 from crsm.saved_generation import SavedGeneration
 from crsm.types import Token
 
@@ -46,7 +47,7 @@ class Closed:
     reason: str
 
 
-Message = Token | SavedGeneration | Refused | Closed
+Message = Token | PlanEvent | SavedGeneration | Refused | Closed
 
 THINKING_INTERVAL = 0.01
 """Seconds between two looks at plans for parked generations while nobody speaks."""
@@ -134,8 +135,10 @@ class DecodeLoop:
         reason = "the generator was closed"
         try:
             while self._obey():
-                said: list[Message] = [*self._engine.step()]
-                self._steps += bool(said)
+                tokens = self._engine.step()
+                self._steps += bool(tokens)
+                # Events and states first: a generation's stream ends with its last token.
+                said: list[Message] = [*self._engine.take_events(), *self._engine.take_kept(), *tokens]
                 if self._snapshots:
                     said += self._due_snapshots(said)
                 if said:

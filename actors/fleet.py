@@ -364,6 +364,12 @@ class Fleet:
 
     # ---------------------------------------------------------------- how many there are
 
+    def resize(self, count: int, now: float) -> None:
+        """So many planners from now on, whatever the load."""
+        self._scaling = ScalingPolicy(count, count)
+        self._window_at = now - self._scaling.period
+        self._look_at(now)
+
     def _scale(self, now: float) -> None:
         policy = self._scaling
         if policy is None:

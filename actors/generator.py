@@ -32,7 +32,7 @@ from actors.planner import AS_TRAINED, PlannerActor, PlannerSettings
 from actors.pool import PoolStats
 from actors.pool_actor import start_pool
 from actors.state_store import StateHandle, StateStore
-from actors.streams import Stream, Streams, Tokens
+from actors.streams import Stream, StreamItem, Streams, bundled, ended
 from actors.weights import Weights, open_source, share
 from crsm.config import DeliberationConfig, EngineConfig, PlannersConfig, SamplingConfig
 from crsm.engine import Engine, QueueFull
@@ -40,10 +40,6 @@ from crsm.generation import GenerationRequest
 from crsm.model import Checkpoint
 from crsm.saved_generation import SavedGeneration, check_saved
 from crsm.threads import use_threads
-from crsm.types import Token
-
-StreamItem = Tokens | SavedGeneration
-"""One message of a stream."""
 
 
 class GenerationFailed(RuntimeError):
@@ -97,8 +93,10 @@ class GeneratorActor:
             world_model=settings.planning_model(self._checkpoint),
         )
         self._streams = Streams(engine.stream_interval)
+        self._fronts: dict[str, Stream] = {}
         self._states = StateStore(engine.max_state_bytes)
         self._park_seconds = engine.park_seconds
+        self._max_planners = (planners.max_count or 0) if engine.clock == "wall" else 0
         self._decode = DecodeLoop(self._engine, self._streams.deliver)
         self._decode.start()
 
@@ -182,29 +180,60 @@ class GeneratorActor:
             for request in requests:
                 self._decode.join(request)
             while left:
-                said: list[Token] = []
-                for message in await stream.take():
-                    if isinstance(message, Token):  # nearly all there is
-                        said.append(message)
-                        if message.finished:
-                            left.discard(message.generation_id)
-                        continue
-                    if isinstance(message, Closed):
-                        raise GenerationFailed(f"generation {', '.join(sorted(left))}: {message.reason}")
-                    if isinstance(message, Refused):
-                        left.discard(message.generation_id)
-                    if isinstance(message, Refused) and self._streams.closed is not None:
-                        raise GenerationFailed(f"generation {message.generation_id}: {message.reason}")
-                    if said:
-                        yield Tokens(said)
-                        said = []
-                    yield message
-                if said:
-                    yield Tokens(said)
+                messages = await stream.take()
+                left.difference_update(ended(messages))
+                for item in bundled(messages):
+                    if isinstance(item, Closed):
+                        raise GenerationFailed(f"generation {', '.join(sorted(left))}: {item.reason}")
+                    if isinstance(item, Refused) and self._streams.closed is not None:
+                        raise GenerationFailed(f"generation {item.generation_id}: {item.reason}")
+                    yield item
         finally:
             self._streams.close(list(names))
             for name in left:
                 self._decode.cancel(name)
+
+    async def attach(self, front: str) -> AsyncIterator[list[StreamItem | Refused | Closed]]:
+        """Streams what all generations say that a front end submits, until the front end is gone: hundreds of users at
+        the cost of one stream. Whatever was there at the same time comes in one message.
+
+        Args:
+            front: a name of the front end's choice.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if front in self._fronts:
+            raise ValueError(f"front = {front!r} is attached; allowed: a fresh name")
+        stream = self._fronts[front] = Stream()
+        yield []  # it may submit now
+        try:
+            while True:
+                messages = await stream.take()
+                self._streams.close(ended(messages))
+                yield bundled(messages)
+        finally:
+            del self._fronts[front]
+            for name in self._streams.close_all(stream):
+                self._decode.cancel(name)
+
+    async def submit(self, front: str, requests: Sequence[GenerationRequest]) -> None:
+        """Begins generations whose tokens go into the front end's stream; a refusal goes there as well.
+
+        Raises:
+            ValueError: no such front end, or an id that is missing or in use.
+        """
+        stream = self._fronts.get(front)
+        if stream is None:
+            raise ValueError(f"front = {front!r} is not attached; allowed: {', '.join(self._fronts) or '(none)'}")
+        names = [request.generation_id for request in requests]
+        if wrong := [name for name in names if not name or name in self._streams or names.count(name) > 1]:
+            raise ValueError(
+                f"generation_id = {wrong[0]!r} is missing or in use; allowed: a fresh one for each request"
+            )
+        self._streams.open(names, stream)
+        for request in requests:
+            self._decode.join(request)
 
     async def snapshot(self, generation_id: str, seconds: float | None = None) -> StateHandle:
         """Keeps a generation's state as it stands between two tokens; the generation goes on.
@@ -216,8 +245,17 @@ class GeneratorActor:
         Raises:
             ValueError: no such generation, or ``seconds`` is not above 0.
         """
-        saved = await self._question(lambda engine: engine.snapshot(generation_id))
+        saved = await self.save(generation_id)
         return self._states.put(saved, self._park_seconds if seconds is None else seconds)
+
+    async def save(self, generation_id: str) -> SavedGeneration:
+        """A generation's state as it stands between two tokens, handed out at once; the generation goes on.
+
+        Raises:
+            ValueError: no such generation.
+        """
+        saved: SavedGeneration = await self._question(lambda engine: engine.snapshot(generation_id))
+        return saved
 
     async def export_state(self, handle: str) -> SavedGeneration:
         """The state behind a handle, to be handed to another generator (``import_state``, or ``start=`` at once)."""
@@ -284,6 +322,22 @@ class GeneratorActor:
         """
         if self._pool is not None:
             await asyncio.to_thread(self._pool.update_weights, shared[0])
+
+    async def planners(self) -> tuple[int, int]:
+        """How many planners there should be, and how many there may be (0: the number is fixed)."""
+        if self._pool is None:
+            return 0, 0
+        return self._pool.count, self._max_planners
+
+    async def resize_planners(self, count: int) -> None:
+        """So many planners from now on.
+
+        Raises:
+            ValueError: the number is fixed, or not to be this.
+        """
+        if self._pool is None:
+            raise ValueError("there is no planner pool; allowed: planners.count ≥ 1 at the start")
+        await asyncio.to_thread(self._pool.resize, count)
 
     async def ping(self) -> int:
         """The process id, once the actor is there."""

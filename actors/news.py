@@ -53,11 +53,16 @@ class NewWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class Resize:
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     pass
 
 
-News = Submitted | Answered | Ponged | Updated | Gone | NewWeights | Close
+News = Submitted | Answered | Ponged | Updated | Gone | NewWeights | Resize | Close
 
 
 def classify(error: BaseException) -> Failure:

@@ -41,7 +41,19 @@ from actors.autoscaling import ScalingPolicy
 from actors.fleet import DEFAULT_RESTART, Batch, Failure, Phase, RestartPolicy
 from actors.health import HealthPolicy
 from actors.microbatch import Grant
-from actors.news import Answered, Close, Gone, News, NewWeights, Ponged, Submitted, Updated, classify, describe
+from actors.news import (
+    Answered,
+    Close,
+    Gone,
+    News,
+    NewWeights,
+    Ponged,
+    Resize,
+    Submitted,
+    Updated,
+    classify,
+    describe,
+)
 from actors.planner import AS_TRAINED, CONCURRENCY_GROUPS, PlannerActor, PlannerInfo, PlannerSettings
 from actors.pool_stats import PoolStats
 from actors.ranking import Ask
@@ -202,6 +214,16 @@ class PlannerPool:
         """Sends new weights to every planner. A request submitted after this is planned with them."""
         self._inbox.put(NewWeights(share(checkpoint)))
 
+    def resize(self, count: int) -> None:
+        """So many planners from now on; those that are too many finish what they have.
+
+        Raises:
+            ValueError: under the virtual clock, whose batches must not depend on who is there.
+        """
+        if not self._state.shed:
+            raise ValueError("the number of planners is fixed under the virtual clock; allowed: the wall clock")
+        self._inbox.put(Resize(count))
+
     def wait_until_ready(self, timeout: float = 60.0) -> int:
         """Waits until no planner is about to start; returns how many are ready."""
         until = time.monotonic() + timeout
@@ -271,6 +293,8 @@ class PlannerPool:
                     actor.version = result.result()
             case Gone(planner, incarnation, result):
                 self._failed(planner, incarnation, result.exception() or ActorDiedError(), Failure.ACTOR_DIED)
+            case Resize(count):
+                self._state.fleet.resize(count, self._clock())
             case NewWeights(source):
                 self._source = source
                 for planner, slot in enumerate(self._state.slots):

@@ -36,6 +36,7 @@ from actors.weights import share
 from crsm.config import Config, PlannersConfig
 from crsm.model import Checkpoint
 from crsm.planners import Arrivals
+from crsm.search.sketch import SKETCH_BYTES
 from crsm.types import PlanRequest
 from crsm.wire import plan_shapes, request_shapes
 
@@ -114,6 +115,10 @@ class PoolActor:
         self._pool.update_weights(shared[0])
 
     @ray.method(concurrency_group="control")
+    def resize(self, count: int) -> None:
+        self._pool.resize(count)
+
+    @ray.method(concurrency_group="control")
     def wait_until_ready(self, timeout: float) -> int:
         return self._pool.wait_until_ready(timeout)
 
@@ -174,6 +179,8 @@ class RemotePool:
             max_task_retries=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
         )(PoolActor)
+        self._count: int | None = None
+        """Planners that were asked for by ``resize``."""
         self._actor: Any = None
         self._info: PoolInfo | None = None
         self._stats = PoolStats(planners={"starting": config.count} if config.count else {})
@@ -244,6 +251,25 @@ class RemotePool:
         self._source = share(checkpoint)
         self._ask("update_weights", [self._source])
 
+    def resize(self, count: int) -> None:
+        """So many planners from now on; also of a pool that is started again.
+
+        Raises:
+            ValueError: not between 0 and the settings' ``max_count``, or under the virtual clock.
+        """
+        most = self._config.max_count
+        if most is None or not self._options["shed"]:
+            raise ValueError("the number of planners is fixed; allowed: planners.max_count, and the wall clock")
+        if not 0 <= count <= most:
+            raise ValueError(f"planners = {count}; allowed: 0 to {most}")
+        self._count = count
+        self._ask("resize", count)
+
+    @property
+    def count(self) -> int:
+        """Planners that there should be, unless the load says otherwise."""
+        return self._config.count if self._count is None else self._count
+
     def wait_until_ready(self, timeout: float = 60.0) -> int:
         """Waits until the pool is there and no planner is about to start; returns how many are ready."""
         until = time.monotonic() + timeout
@@ -311,6 +337,8 @@ class RemotePool:
         self._attached.set()
         if self._source is not source:  # new weights came while the pool was being started
             self._ask("update_weights", [self._source])
+        if self._count is not None:
+            self._ask("resize", self._count)
         self.mailbox.attach(link)
 
     def _has_ended(self, incarnation: int, block: bool = False) -> bool:
@@ -358,8 +386,8 @@ def mailbox_geometry(config: Config, planners: PlannersConfig, settings: Planner
     request = sum(array.num_bytes("fp32") for array in request_shapes(model, layers, conv=exact).values())
     plan = sum(array.num_bytes("fp32") for array in plan_shapes(model, actions).values())
     # Headers, texts, tokens and alignment come to some hundred bytes a record.
-    slot_bytes = max(request + 4096, HYPOTHESES * (plan + 1024))
-    wanted = max(1, planners.count) * (planners.max_in_flight + 1) * planners.max_batch
+    slot_bytes = max(request + 4096, HYPOTHESES * (plan + SKETCH_BYTES + 1024))
+    wanted = max(1, planners.max_count or planners.count) * (planners.max_in_flight + 1) * planners.max_batch
     return Geometry(max(planners.max_batch, min(wanted, SEGMENT_BYTES // slot_bytes)), slot_bytes)
 
 

@@ -31,12 +31,16 @@ _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _ABSENT = 0xFF
 _MAX_DIMENSIONS = 8
 
-_REQUEST = struct.Struct("<6q3d2q3I")
-"""request_id, position, target, token, simulations, hypotheses, deadline, expires, value, seed, model_version; bytes of
-generation_id and of the layout; bytes of the record."""
+_REQUEST = struct.Struct("<6q3d2q4I")
+"""request_id, position, target, token, simulations, hypotheses, deadline, expires, value, seed, model_version; whether
+a sketch is wanted; bytes of generation_id and of the layout; bytes of the record."""
 _PLAN = struct.Struct("<5q2d6I")
 """request_id, position, target, simulations, model_version, uncertainty, seconds; number of assumed tokens and of those
 of the line; bytes of generation_id, planner_id and of the layout; bytes of the record."""
+
+
+_PLAN_ARRAYS = 8
+"""The last one, the sketch, may be absent."""
 
 
 class DoesNotFit(ValueError):
@@ -149,6 +153,7 @@ def write_request(buffer: memoryview, request: PlanRequest) -> int:
             request.value,
             request.seed,
             request.model_version,
+            request.sketch,
             len(name),
             len(layout.code),
             size,
@@ -169,7 +174,9 @@ def read_request(buffer: memoryview, size: int) -> PlanRequest:
         Malformed: there is none.
     """
     try:
-        (*numbers, deadline, expires, value, seed, version, n_name, n_code, whole) = _REQUEST.unpack_from(buffer)
+        (*numbers, deadline, expires, value, seed, version, sketch, n_name, n_code, whole) = _REQUEST.unpack_from(
+            buffer
+        )
         texts = _REQUEST.size + n_name
         start = _aligned(texts + n_code)
         layout = _layout_from(bytes(buffer[texts : texts + n_code]), 3)
@@ -198,6 +205,7 @@ def read_request(buffer: memoryview, size: int) -> PlanRequest:
             value,
             seed,
             version,
+            bool(sketch),
         )
     except Malformed:
         raise
@@ -255,7 +263,9 @@ def _write_plan(buffer: memoryview, place: int, plan: Plan) -> int:
         plan.policy_probs_A,
     )
     try:
-        layout = _layout_for(*((array.dtype, array.shape) for array in arrays))
+        sketch = plan.sketch_S6
+        kinds = [(array.dtype, array.shape) for array in arrays]
+        layout = _layout_for(*kinds, None if sketch is None else (sketch.dtype, sketch.shape))
         name, planner = plan.generation_id.encode(), plan.planner_id.encode()
         tokens = struct.pack(f"<{len(plan.assumed) + len(plan.line)}q", *plan.assumed, *plan.line)
         texts = b"".join((tokens, name, planner, layout.code))
@@ -283,7 +293,7 @@ def _write_plan(buffer: memoryview, place: int, plan: Plan) -> int:
     except (struct.error, AttributeError, TypeError) as error:
         raise DoesNotFit(f"plan of request {plan.request_id}: {error}") from error
     buffer[place + _PLAN.size : place + _PLAN.size + len(texts)] = texts
-    _put(buffer, place + start, layout, arrays)
+    _put(buffer, place + start, layout, (*arrays, sketch))
     return place + size
 
 
@@ -296,14 +306,14 @@ def _read_plan(copy: bytearray, place: int) -> tuple[Plan, int]:
     planner = name + n_name
     code = planner + n_planner
     start = place + _aligned(code + n_code - place)
-    layout = _layout_from(bytes(copy[code : code + n_code]), 7)
+    layout = _layout_from(bytes(copy[code : code + n_code]), _PLAN_ARRAYS)
     if start + layout.size != place + size or place + size > len(copy):
         raise Malformed(f"a plan of {size} bytes at {place} of {len(copy)}")
     said = struct.unpack_from(f"<{n_assumed + n_line}q", copy, tokens)
     fields = layout.fields
-    if None in fields:
+    if None in fields[:-1]:
         raise Malformed("a plan without one of its arrays")
-    root, gain, confidence, u, b, actions, probs = [
+    root, gain, confidence, u, b, actions, probs, *sketch = [
         np.ndarray(field[1], field[0], copy, start + field[2]) for field in fields if field is not None
     ]
     return (
@@ -326,6 +336,7 @@ def _read_plan(copy: bytearray, place: int) -> tuple[Plan, int]:
             seconds,
             copy[planner:code].decode(),
             version,
+            sketch_S6=sketch[0] if sketch else None,
         ),
         place + size,
     )

@@ -49,7 +49,7 @@ class StateStore:
         return len(self._entries)
 
     def put(self, saved: SavedGeneration, seconds: float, owner: str = "") -> StateHandle:
-        """Keeps a state.
+        """Keeps a state, which only ``owner`` finds again.
 
         Raises:
             ValueError: ``seconds`` is not above 0, or the state alone is larger than the store.
@@ -65,6 +65,16 @@ class StateStore:
             del self._entries[handle]
         handle = uuid.uuid4().hex
         self._entries[handle] = _Entry(saved, self._clock() + seconds, owner)
+        return self.describe(handle, owner)
+
+    def describe(self, handle: str, owner: str = "") -> StateHandle:
+        """What a caller is told of a state.
+
+        Raises:
+            ValueError: as :meth:`get`.
+        """
+        saved = self.get(handle, owner)
+        seconds = self._entries[handle].until - self._clock()
         return StateHandle(handle, saved.generation_id, saved.position, saved.num_bytes, seconds)
 
     def get(self, handle: str, owner: str = "") -> SavedGeneration:
@@ -73,24 +83,13 @@ class StateStore:
         Raises:
             ValueError: there is none, its time is over, or it is another owner's.
         """
-        return self.find(handle, owner)[0]
-
-    def find(self, handle: str, owner: str = "") -> tuple[SavedGeneration, StateHandle]:
-        """The state behind a handle, and what is left of its time.
-
-        Raises:
-            ValueError: as :meth:`get`; it does not say which of the three.
-        """
         self._expire()
-        entry = self._entries.get(handle)
-        if entry is None or entry.owner != owner:
+        if handle not in self._entries or self._entries[handle].owner != owner:
             raise ValueError(f"state {handle!r} is not known, or its time is over; allowed: a handle of this generator")
-        saved = entry.saved
-        left = entry.until - self._clock()
-        return saved, StateHandle(handle, saved.generation_id, saved.position, saved.num_bytes, left)
+        return self._entries[handle].saved
 
     def drop(self, handle: str, owner: str = "") -> bool:
-        """Forgets a state; whether there was one of this owner's."""
+        """Forgets a state; whether there was one."""
         self._expire()
         if handle not in self._entries or self._entries[handle].owner != owner:
             return False

@@ -61,7 +61,7 @@ class StateVault:
         Raises:
             ValueError: there is none, its time is over, or it is another owner's.
         """
-        return self._store.find(handle, owner)
+        return self._store.get(handle, owner), self._store.describe(handle, owner)
 
     async def drop(self, handle: str, owner: str) -> bool:
         """Forgets a state; whether there was one of this owner's."""

@@ -13,14 +13,16 @@ The interval grows with the number of streams, so that sending never takes the d
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from actors.decode_loop import Closed, Message, Refused
+from crsm.plan_events import PlanEvent
+from crsm.saved_generation import SavedGeneration
 from crsm.types import Injection, Token
 
 MESSAGES_PER_SECOND = 1000
@@ -58,6 +60,8 @@ class Streams:
         """
         self._interval = interval
         self._streams: dict[str, Stream] = {}
+        self._readers: Counter[Stream] = Counter()
+        """How many generations go into each stream."""
         self._outbox: deque[Message] = deque()
         self._events: asyncio.AbstractEventLoop | None = None
         self._awake = False
@@ -75,10 +79,20 @@ class Streams:
         self._events = asyncio.get_running_loop()
         for name in names:
             self._streams[name] = stream
+        self._readers[stream] += len(names)
 
-    def close(self, names: Sequence[str]) -> None:
+    def close(self, names: Iterable[str]) -> None:
         for name in names:
-            self._streams.pop(name, None)
+            if (stream := self._streams.pop(name, None)) is not None:
+                self._readers[stream] -= 1
+                if not self._readers[stream]:
+                    del self._readers[stream]
+
+    def close_all(self, stream: Stream) -> list[str]:
+        """Ends whatever goes into a stream; the generations' names."""
+        names = [name for name, other in self._streams.items() if other is stream]
+        self.close(names)
+        return names
 
     def deliver(self, messages: Sequence[Message]) -> None:
         """From the decode thread. Never blocks."""
@@ -104,7 +118,7 @@ class Streams:
             else:
                 self._hand_over(message)
         assert self._events is not None
-        self._events.call_later(max(self._interval, len(self._streams) / MESSAGES_PER_SECOND), self._sort)
+        self._events.call_later(max(self._interval, len(self._readers) / MESSAGES_PER_SECOND), self._sort)
 
     def _hand_over(self, message: Message) -> None:
         if isinstance(message, Closed):
@@ -141,6 +155,27 @@ def _from_columns(
     )
 
 
+StreamItem = Tokens | PlanEvent | SavedGeneration
+"""One message of a stream."""
+
+
+def bundled(messages: Sequence[Message]) -> list[StreamItem | Refused | Closed]:
+    """The messages in order, runs of tokens drawn together."""
+    items: list[StreamItem | Refused | Closed] = []
+    said: list[Token] = []
+    for message in messages:
+        if isinstance(message, Token):  # nearly all there is
+            said.append(message)
+            continue
+        if said:
+            items.append(Tokens(said))
+            said = []
+        items.append(message)
+    if said:
+        items.append(Tokens(said))
+    return items
+
+
 def lighten(token: Token) -> Token:
     """The token without the arrays of the write that was applied before it: they are large, and of no use outside."""
     if token.injection is None:
@@ -152,3 +187,12 @@ def lighten(token: Token) -> Token:
 def ends(message: Message) -> bool:
     """Whether a generation's stream is over with this."""
     return isinstance(message, Refused | Closed) or (isinstance(message, Token) and message.finished)
+
+
+def ended(messages: Sequence[Message]) -> set[str]:
+    """The generations that are over with these."""
+    return {
+        message.generation_id
+        for message in messages
+        if (isinstance(message, Token) and message.finished) or isinstance(message, Refused)
+    }

@@ -25,12 +25,13 @@ from crsm.computation_value import ExpectedGate, value_of_computation
 from crsm.config import DeliberationConfig, EngineConfig
 from crsm.decoding import Decoder
 from crsm.delta_buffer import DeltaBuffer, Fault, check_plan
-from crsm.event_log import EventLog
+from crsm.event_log import EventLog, reject_event, request_event
 from crsm.generation import Generation, SavedGeneration
 from crsm.latent_dynamics import WorldModel
 from crsm.metrics import PlanMetrics
 from crsm.model import Checkpoint
 from crsm.pace import time_of
+from crsm.plan_events import EventKind, PlanEvent
 from crsm.planners import NOTHING, Arrivals, Planners
 from crsm.slots import Slots
 from crsm.types import Channel, Injection, Plan, PlanRequest, Reason
@@ -109,6 +110,8 @@ class Deliberation:
         """Steps since planners were last looked at."""
         self._asked_at = -math.inf
         """When planners were last asked for a plan that could be in time, or to see whether one could."""
+        self._events: list[PlanEvent] = []
+        """Of the generations that are watched."""
         self._ids_from = self._newest_id = next(_REQUEST_IDS)
         self.renew(checkpoint)
 
@@ -175,6 +178,7 @@ class Deliberation:
                     value=0.0 if value_B is None else float(value_B[place]),
                     seed=generation.request.sampling.seed,
                     model_version=self._checkpoint.model_version,
+                    sketch=generation.request.trees,
                 )
             )
             generation.plans_asked += 1
@@ -234,7 +238,13 @@ class Deliberation:
         self._metrics.requests += 1
         self._metrics.request_bytes += request.num_bytes
         if self._log:
-            self._log.request(request)
+            self._log.write(
+                request_event(
+                    generation.id, request.request_id, request.position, request.target, request.model_version
+                )
+            )
+        if generation.request.watch:
+            self._tell(generation, "request", request.request_id, request.position, request.target)
 
     def _times(
         self, generation: Generation, began: float, seconds_per_token: float | None
@@ -275,23 +285,32 @@ class Deliberation:
             self._asked_at = now
         elif now - self._asked_at > PROBE_SECONDS:
             self._asked_at = now
-            self._decline(len(due) - 1)
+            self._decline(due, due[:1])
             return due[:1], True
-        self._decline(len(due) - len(kept))
+        self._decline(due, kept)
         return kept, False
 
-    def _decline(self, count: int) -> None:
-        self._metrics.requests += count
-        self._metrics.outcomes[Reason.DECLINED] += count
+    def _decline(self, due: Sequence[Generation], kept: Sequence[Generation]) -> None:
+        """Counts those of the generations that are due for which nothing is asked."""
+        if len(kept) == len(due):
+            return
+        self._metrics.requests += len(due) - len(kept)
+        self._metrics.outcomes[Reason.DECLINED] += len(due) - len(kept)
+        for generation in due:
+            if generation.request.watch and generation not in kept:
+                target = generation.position + generation.request.deliberation.lag
+                self._tell(generation, "reject", -1, generation.position, target, Reason.DECLINED)
 
     def _worthiest(self, due: list[Generation], room: int, slots: Slots) -> list[Generation]:
         """Those for which there is room; the others are counted as declined."""
-        self._decline(len(due) - room)
         if room == 0:
+            self._decline(due, ())
             return []
         hidden_BLD, _, _ = slots.read([generation.slot for generation in due], (), False)
         order = np.argsort(-self._values(due, hidden_BLD), kind="stable")[:room]
-        return [due[place] for place in sorted(order.tolist())]
+        worthiest = [due[place] for place in sorted(order.tolist())]
+        self._decline(due, worthiest)
+        return worthiest
 
     def _values(self, generations: Sequence[Generation], hidden_BLD: torch.Tensor) -> np.ndarray:
         """What plans are expected to be worth to these generations."""
@@ -374,6 +393,8 @@ class Deliberation:
             elif plan.model_version != self._checkpoint.model_version:
                 self._fault(plan, Fault.VERSION)
             else:
+                if asked.generation.request.watch:
+                    self._tell(asked.generation, "plan", plan.request_id, asked.position, plan.target, plan=plan)
                 confidence = plan.confidence_L.tolist()
                 self._expected_gate.observe(plan.generation_id, sum(confidence) / len(confidence))
                 if self._virtual:
@@ -407,6 +428,10 @@ class Deliberation:
         if due.plan is None:
             return None
         injection = as_injection(due.plan, generation.position, settings)
+        if generation.request.watch:
+            reason = Reason.LATE if generation.position > due.plan.target else Reason.ON_TIME
+            plan = due.plan
+            self._tell(generation, "inject", plan.request_id, plan.position, plan.target, reason, plan, injection)
         # A rate of 0, a late plan on the policy channel, a channel that is off: nothing would be applied.
         return injection if any(injection.alpha_L) or injection.policy_weight > 0 else None
 
@@ -441,6 +466,37 @@ class Deliberation:
             self._settle(request_id, Reason.ENDED)
         self._expected_gate.end(generation.id)
 
+    def take_events(self) -> list[PlanEvent]:
+        """What happened to the plans of watched generations since the last time."""
+        events, self._events = self._events, []
+        return events
+
+    def _tell(
+        self,
+        generation: Generation,
+        kind: EventKind,
+        request_id: int,
+        asked_at: int,
+        target: int,
+        reason: Reason | None = None,
+        plan: Plan | None = None,
+        injection: Injection | None = None,
+    ) -> None:
+        self._events.append(
+            PlanEvent(
+                generation.id,
+                kind,
+                self._clock() - generation.accepted_at,
+                request_id,
+                generation.position,
+                target,
+                target - asked_at,
+                reason,
+                plan,
+                injection,
+            )
+        )
+
     def _refuse(self, request_id: int, reason: Reason) -> None:
         """Settles a request of which nothing will be used, not even plans that are waiting already."""
         asked = self._open.get(request_id)
@@ -457,7 +513,9 @@ class Deliberation:
         asked.generation.open_requests.discard(request_id)
         self._metrics.outcomes[reason] += 1
         if self._log and reason not in (Reason.ON_TIME, Reason.LATE):
-            self._log.reject(asked.generation.id, request_id, asked.target, reason)
+            self._log.write(reject_event(asked.generation.id, request_id, asked.target, reason))
+        if asked.generation.request.watch and reason not in (Reason.ON_TIME, Reason.LATE):
+            self._tell(asked.generation, "reject", request_id, asked.position, asked.target, reason)
 
 
 def wants_plan(generation: Generation) -> bool:

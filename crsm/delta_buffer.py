@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from crsm.config import BackboneConfig
+from crsm.search.sketch import unfit_sketch
 from crsm.types import Plan, Reason
 from crsm.wire import is_finite
 
@@ -176,6 +177,8 @@ def check_plan(plan: Plan, sizes: BackboneConfig, rank: int) -> Malformed | None
     if len(plan.assumed) != plan.target - plan.position:
         message = f"{len(plan.assumed)} assumed tokens for a lag of {plan.target - plan.position}"
         return Malformed(Fault.SHAPE, message)
+    if plan.sketch_S6 is not None and (reason := unfit_sketch(plan.sketch_S6)):
+        return Malformed(Fault.SHAPE, f"sketch_S6 {reason}")
     return None
 
 

@@ -32,13 +32,14 @@ from torch import Tensor
 from crsm.config import EngineConfig
 from crsm.decoding import select_decoder
 from crsm.deliberation import Deliberation
-from crsm.event_log import EventLog
-from crsm.generation import Generation, GenerationRequest
+from crsm.event_log import EventLog, inject_event, start_event, token_event
+from crsm.generation import TOKENS_KEPT, Generation, GenerationRequest
 from crsm.latent_dynamics import WorldModel
 from crsm.metrics import PlanMetrics
 from crsm.model import Checkpoint
 from crsm.pace import beat, first_beat, time_of
 from crsm.parking import Parking
+from crsm.plan_events import PlanEvent
 from crsm.planners import Planners
 from crsm.prompts import Prompt, choose_prompts, consume_chunks
 from crsm.sampling import choose_token, mix_policy
@@ -117,6 +118,8 @@ class Engine:
         """Those whose prompts are being consumed, in the order in which they came."""
         self._active: list[Generation] = []
         self._parking = Parking(config, self._deliberation, clock, self._end)
+        self._kept: list[SavedGeneration] = []
+        """States at the ends of turns, to be handed out."""
         self._any_cancelled = False
         self._paced = 0
         """Speaking generations that have a pace."""
@@ -147,17 +150,16 @@ class Engine:
             prompt = self._next_turn(parked.generation, request, parked.saved)
         else:
             request = replace(request, generation_id=request.generation_id or uuid.uuid4().hex)
-            generation = Generation(
-                request.generation_id, request, np.random.default_rng(request.sampling.seed), said_at=self._clock()
-            )
-            prompt = self._first_turn(generation, request)
+            random = np.random.default_rng(request.sampling.seed)
+            prompt = self._first_turn(Generation(request.generation_id, request, random), request)
         generation = prompt.generation
+        generation.said_at = generation.accepted_at = self._clock()
         generation.forced = list(reversed(request.forced))
         generation.stops = frozenset() if request.sampling.ignore_eos else self._terminal
         self._generations[generation.id] = generation
         self._waiting.append(prompt)
         if self._log:
-            self._log.start(
+            event = start_event(
                 generation.id,
                 request.prompt,
                 request.sampling,
@@ -166,6 +168,7 @@ class Engine:
                 self.checkpoint.weights_hash,
                 fresh=parked is None and request.start is None,
             )
+            self._log.write(event)
         return generation.id
 
     def cancel(self, generation_id: str) -> None:
@@ -237,6 +240,15 @@ class Engine:
         """Whether a parked generation still has something to ask or to receive."""
         return self._parking.thinking
 
+    def take_events(self) -> list[PlanEvent]:
+        """What happened to the plans of watched generations since the last time, in order."""
+        return self._deliberation.take_events()
+
+    def take_kept(self) -> list[SavedGeneration]:
+        """States of turns that ended, and of prompts that were read, since the last time."""
+        kept, self._kept = self._kept, []
+        return kept
+
     def counts(self) -> dict[str, int]:
         """Generations by what they are doing."""
         return {
@@ -260,7 +272,7 @@ class Engine:
         named = [replace(request, generation_id=request.generation_id or uuid.uuid4().hex) for request in requests]
         said: dict[str, list[int]] = {request.generation_id: [] for request in named}
         for token in self.generate(named):
-            if token.finish_reason != "cancelled":
+            if token.token >= 0:
                 said[token.generation_id].append(token.token)
         return [said[request.generation_id] for request in named]
 
@@ -291,7 +303,7 @@ class Engine:
         self.metrics.tokens += len(said)
         if self._log:
             for token in said:
-                self._log.token(token)
+                self._log.write(token_event(token))
         return said
 
     def _on_beat(self) -> list[Generation]:
@@ -331,7 +343,7 @@ class Engine:
                     generation.steered_until = injection.plan.target + max(1, len(injection.plan.line))
                 self.metrics.applied(injection)
                 if self._log:
-                    self._log.inject(injection)
+                    self._log.write(inject_event(injection))
             elif generation.steered_until != NEVER and generation.steered_until <= generation.position:
                 generation.steered_until = NEVER
                 touched.append(generation)
@@ -352,20 +364,23 @@ class Engine:
         logits_BV = self._slots.step(tokens, [generation.slot for generation in speakers], remember)
         said, ended = self._say(speakers, logits_BV.log_softmax(dim=-1), injections)
         for generation in ended:
-            if generation.request.park:
-                self._park(generation, *self._slots.save(generation.slot))
+            if generation.request.park or generation.request.keep:
+                self._put_aside(generation, *self._slots.save(generation.slot))
             self._leave(generation)
         return said
 
     def _read_prompts(self) -> list[Token]:
         """Consumes the next chunks of prompts; those that are through say their first tokens and join the batch."""
+        said: list[Token] = []
         while self._waiting and len(self._active) + len(self._reading) < self.config.max_batch:
             prompt = self._waiting.popleft()
             if prompt.tokens:
                 self._reading.append(prompt)
+            elif prompt.generation.request.read_only:  # one token, which is left to be consumed
+                said.append(self._finish_reading(prompt.generation, *self._nothing_read()))
             else:
                 self._resume(prompt)
-        chunk, said = self.config.prefill_chunk, []
+        chunk = self.config.prefill_chunk
         budget = chunk if self._active else _IDLE_CHUNKS * chunk
         chosen = choose_prompts(self._reading, chunk, budget)
         for group in consume_chunks(self._model, chosen, chunk):
@@ -381,10 +396,12 @@ class Engine:
             for row, generation in enumerate(group.generations):
                 one = slice(row, row + 1)
                 state, hidden_1LD = group.state.rows(one), group.hidden_BLD[one]
-                if generation not in ended:
+                if generation.request.read_only:
+                    said.append(self._finish_reading(generation, state, hidden_1LD))
+                elif generation not in ended:
                     self._join(generation, state, hidden_1LD)
-                elif generation.request.park:
-                    self._park(generation, state, hidden_1LD, None)
+                elif generation.request.park or generation.request.keep:
+                    self._put_aside(generation, state, hidden_1LD, None)
         return said
 
     def _say(
@@ -490,13 +507,16 @@ class Engine:
 
     def _first_turn(self, generation: Generation, request: GenerationRequest) -> Prompt:
         saved = request.start
+        if saved is None and request.read_only:
+            return self._leave_the_last(generation, request.prompt, 0, None)
         if saved is None:
             generation.first = len(request.prompt)
             return Prompt(generation, request.prompt)
         if request.prompt:
             prompt = self._next_turn(generation, request, saved)
         else:
-            generation.rng = restore_random(saved.random_state)
+            if not request.reseed:
+                generation.rng = restore_random(saved.random_state)
             generation.tokens, generation.generated = list(saved.tokens), saved.generated
             generation.first = saved.position + 1 - len(saved.tokens)
             generation.plans_asked, generation.ask_at = saved.plans_asked, saved.generated + 1
@@ -519,10 +539,27 @@ class Engine:
         if generation.open_requests:
             self._deliberation.await_plans(generation, last)
         foreseen = (*saved.plans, *self._deliberation.waiting(generation))
-        if any(plan.target == last for plan in foreseen):
-            generation.first, generation.tokens = saved.position, list(consumed)
-            consumed = consumed[:-1]
+        if request.read_only or any(plan.target == last for plan in foreseen):
+            return self._leave_the_last(generation, consumed, saved.position, state_without_write(saved))
         return Prompt(generation, consumed, state_without_write(saved))
+
+    def _leave_the_last(
+        self, generation: Generation, tokens: tuple[int, ...], first: int, state: ModelState | None
+    ) -> Prompt:
+        """A prompt whose last token is left to be consumed by a step; ``first``: position of its first."""
+        kept = tokens[-TOKENS_KEPT:]
+        generation.first, generation.tokens = first + len(tokens) - len(kept), list(kept)
+        return Prompt(generation, tokens[:-1], state)
+
+    def _nothing_read(self) -> tuple[ModelState, Tensor]:
+        sizes = self._model.config.model.backbone
+        return self._model.backbone.initial_state(1), torch.zeros(1, sizes.n_layer, sizes.d_model)
+
+    def _finish_reading(self, generation: Generation, state: ModelState, hidden_1LD: Tensor) -> Token:
+        """Hands out the state after a prompt that was only to be read, its last token left to be consumed."""
+        self._kept.append(replace(self._saved(generation, state, hidden_1LD, None), finished=False))
+        self._end(generation)
+        return Token(generation.id, generation.position, -1, 0.0, True, "read")
 
     def _resume(self, prompt: Prompt) -> None:
         """Puts a saved generation back into the batch, in the middle of its turn."""
@@ -537,10 +574,16 @@ class Engine:
             generation.tick = first_beat(self._clock() - self._began, generation.request.pace)
         self._active.append(generation)
 
-    def _park(self, generation: Generation, state: ModelState, hidden_1LD: Tensor, steering: Steering | None) -> None:
-        """Keeps a generation whose turn is over until its next turn, or until there are too many."""
+    def _put_aside(
+        self, generation: Generation, state: ModelState, hidden_1LD: Tensor, steering: Steering | None
+    ) -> None:
+        """The state of a turn that is over: handed out, or kept until the next turn or until there are too many."""
         self._deliberation.end(generation)
-        self._parking.put(generation, self._saved(generation, state, hidden_1LD, steering))
+        saved = self._saved(generation, state, hidden_1LD, steering)
+        if generation.request.keep:
+            self._kept.append(saved)
+        if generation.request.park:
+            self._parking.put(generation, saved)
 
     def _saved(
         self, generation: Generation, state: ModelState, hidden_1LD: Tensor, steering: Steering | None

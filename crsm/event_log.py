@@ -18,7 +18,10 @@ from typing import IO, Any
 import numpy as np
 
 from crsm.config import DeliberationConfig, SamplingConfig
-from crsm.types import Injection, Plan, PlanRequest, Reason, Token
+from crsm.types import Injection, Plan, Reason, Token
+
+Event = dict[str, Any]
+"""One line of a log, plain data."""
 
 FORMAT = 1
 _ARRAYS = (
@@ -49,82 +52,96 @@ class LoggedGeneration:
     tokens: list[int] = field(default_factory=list)
 
 
+def start_event(
+    generation_id: str,
+    prompt: tuple[int, ...],
+    sampling: SamplingConfig,
+    deliberation: DeliberationConfig,
+    model_version: int,
+    model_hash: str,
+    *,
+    fresh: bool = True,
+) -> Event:
+    """``fresh``: from the beginning, not from a state that no log holds."""
+    return {
+        "event": "start",
+        "format": FORMAT,
+        "fresh": fresh,
+        "generation": generation_id,
+        "prompt": list(prompt),
+        "sampling": sampling.model_dump(mode="json"),
+        "deliberation": deliberation.model_dump(mode="json"),
+        "model_version": model_version,
+        "model_hash": model_hash,
+    }
+
+
+def request_event(generation_id: str, request_id: int, position: int, target: int, model_version: int) -> Event:
+    """A plan was asked for."""
+    return {
+        "event": "request",
+        "generation": generation_id,
+        "request": request_id,
+        "position": position,
+        "target": target,
+        "model_version": model_version,
+    }
+
+
+def inject_event(injection: Injection) -> Event:
+    """A plan was applied; with everything that is needed to apply it again."""
+    plan = injection.plan
+    return {
+        "event": "inject",
+        "generation": plan.generation_id,
+        "request": plan.request_id,
+        "position": injection.position,
+        "target": plan.target,
+        "requested_at": plan.position,
+        "alpha": list(injection.alpha_L),
+        "policy_weight": injection.policy_weight,
+        "assumed": list(plan.assumed),
+        "line": list(plan.line),
+        "uncertainty": plan.uncertainty,
+        "simulations": plan.simulations,
+        "planner": plan.planner_id,
+        "model_version": plan.model_version,
+        "hash": write_hash(plan),
+        "arrays": {name: _encode(getattr(plan, name)) for name in _ARRAYS},
+    }
+
+
+def reject_event(generation_id: str, request_id: int, target: int, reason: Reason) -> Event:
+    """A plan was not applied."""
+    return {
+        "event": "reject",
+        "generation": generation_id,
+        "request": request_id,
+        "target": target,
+        "reason": reason.value,
+    }
+
+
+def token_event(token: Token) -> Event:
+    """A token was said."""
+    return {
+        "event": "token",
+        "generation": token.generation_id,
+        "position": token.position,
+        "token": token.token,
+        "logprob": token.logprob,
+        "finish": token.finish_reason,
+    }
+
+
 class EventLog:
     """Writes events to an open text file, a line each, flushed."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
 
-    def start(
-        self,
-        generation_id: str,
-        prompt: tuple[int, ...],
-        sampling: SamplingConfig,
-        deliberation: DeliberationConfig,
-        model_version: int,
-        model_hash: str,
-        *,
-        fresh: bool = True,
-    ) -> None:
-        """``fresh``: from the beginning, not from a state that no log holds."""
-        self._write(
-            "start",
-            format=FORMAT,
-            fresh=fresh,
-            generation=generation_id,
-            prompt=list(prompt),
-            sampling=sampling.model_dump(mode="json"),
-            deliberation=deliberation.model_dump(mode="json"),
-            model_version=model_version,
-            model_hash=model_hash,
-        )
-
-    def request(self, request: PlanRequest) -> None:
-        self._write(
-            "request",
-            generation=request.generation_id,
-            request=request.request_id,
-            position=request.position,
-            target=request.target,
-            model_version=request.model_version,
-        )
-
-    def inject(self, injection: Injection) -> None:
-        plan = injection.plan
-        self._write(
-            "inject",
-            generation=plan.generation_id,
-            request=plan.request_id,
-            position=injection.position,
-            target=plan.target,
-            requested_at=plan.position,
-            alpha=list(injection.alpha_L),
-            policy_weight=injection.policy_weight,
-            assumed=list(plan.assumed),
-            line=list(plan.line),
-            uncertainty=plan.uncertainty,
-            simulations=plan.simulations,
-            planner=plan.planner_id,
-            model_version=plan.model_version,
-            hash=write_hash(plan),
-            arrays={name: _encode(getattr(plan, name)) for name in _ARRAYS},
-        )
-
-    def reject(self, generation_id: str, request_id: int, target: int, reason: Reason) -> None:
-        self._write("reject", generation=generation_id, request=request_id, target=target, reason=reason.value)
-
-    def token(self, token: Token) -> None:
-        self._write(
-            "token",
-            generation=token.generation_id,
-            position=token.position,
-            token=token.token,
-            logprob=token.logprob,
-            finish=token.finish_reason,
-        )
-
-    def _write(self, event: str, **fields: Any) -> None:
-        self._file.write(json.dumps({"event": event, **fields}) + "\n")
+    def write(self, event: Event) -> None:
+        self._file.write(json.dumps(event) + "\n")
         self._file.flush()
 
 
@@ -186,7 +203,7 @@ def _apply(event: dict[str, Any], generations: dict[str, LoggedGeneration]) -> N
         injection = _decode_injection(event)
         generations[name].injections[injection.position] = injection
     elif kind == "token":
-        if event["finish"] != "cancelled":  # the last event of a cancelled generation says no token
+        if event["token"] >= 0:  # the last event of a cancelled generation says no token
             generations[name].tokens.append(int(event["token"]))
     elif kind not in ("request", "reject"):
         raise ValueError(f"event = {kind!r}; allowed: start, request, inject, reject, token")

@@ -64,6 +64,7 @@ class Generation:
     tick: int = -1
     """The beat of its pace at which it said its last token."""
     said_at: float = 0.0
+    accepted_at: float = 0.0
     ask_at: int = 1
     """Tokens of this turn after which the next plan is due."""
     plans_asked: int = 0

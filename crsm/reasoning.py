@@ -23,7 +23,7 @@ from crsm.config import SearchConfig
 from crsm.latent_dynamics import Latent, LatentDynamics, Snapshot, WorldModel
 from crsm.model import CRSM, Checkpoint
 from crsm.native.latent import LatentNetwork, unfit
-from crsm.search import Evaluation, Evaluator, SearchSummary, Tree, export_tree, search, summarize
+from crsm.search import Evaluation, Evaluator, SearchSummary, Tree, export_tree, search, sketch_tree, summarize
 from crsm.search.engines import Engine
 from crsm.search.native import NativeEvaluator
 from crsm.types import Plan, PlanRequest
@@ -363,6 +363,7 @@ class Deliberator:
                 planner_id=self.planner_id,
                 model_version=self.model_version,
                 tree=export_tree(tree, row) if self.keep_tree else None,
+                sketch_S6=sketch_tree(tree, row) if request.sketch else None,
             )
             for row, request in ((row, requests[row // futures]) for row in range(len(length_F)))
         ]

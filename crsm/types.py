@@ -165,6 +165,8 @@ class PlanRequest:
     seed: int = 0
     model_version: int = 0
     """Version of the weights the snapshot was made with."""
+    sketch: bool = False
+    """Have the search tree drawn into the plan."""
 
     @property
     def num_bytes(self) -> int:
@@ -207,7 +209,9 @@ class Plan:
     planner_id: str = ""
     model_version: int = 0
     tree: dict[str, object] | None = field(default=None, repr=False)
-    """The search tree as plain data, if it was asked for (drawing, debugging)."""
+    """The whole search tree as plain data, if the deliberator keeps it (drawing, debugging)."""
+    sketch_S6: np.ndarray | None = field(default=None, repr=False)
+    """The most visited nodes of the tree, if the request asked for them (:mod:`crsm.search.sketch`). (S, 6) float32"""
 
     @property
     def num_bytes(self) -> int:
@@ -240,6 +244,7 @@ class Token(NamedTuple):
     """Log-probability under the distribution it was sampled from (after steering, before temperature)."""
     finished: bool = False
     finish_reason: str | None = None
-    """``stop`` (a stop token), ``length``, or ``cancelled``."""
+    """``stop`` (a stop token), ``length``, ``cancelled``, or ``read`` (a prompt that was only to be read; both name no
+    token)."""
     injection: Injection | None = None
     """The plan that was applied right before this token's logits were computed, if any."""

@@ -30,7 +30,7 @@ LAYERS = (
         "slots",
         "steering",
     },
-    {"event_log", "metrics"},
+    {"event_log", "metrics", "plan_events"},
     {"deliberation"},
     {"parking"},
     {"engine"},

@@ -33,6 +33,7 @@ class ServedModel:
     config: Config
     """The checkpoint's settings with the server's on top: what a request does not say is taken from here."""
     weights_hash: str
+    model_version: int
     consensus_weights_L: tuple[float, ...]
     """Weights of the layers' values in their consensus."""
     chat_template: str | None = None

@@ -2,7 +2,8 @@
 
 The order of definition: ``numerics`` (exact arithmetic) → ``consensus``, ``evaluator`` (the network's side) → ``tree``
 (the data) → ``puct``, ``seq_halving``, ``gumbel``, ``root_actions`` (pure scoring rules) → ``policies`` → ``search``
-(the definition) → ``reroot``, ``cancel`` → ``native`` (the same search in C++) → ``engines`` (the choice of the two).
+(the definition) → ``reroot``, ``cancel``, ``sketch`` → ``native`` (the same search in C++) → ``engines`` (the choice of
+the two).
 """
 
 from crsm.search.cancel import CancelToken
@@ -14,6 +15,7 @@ from crsm.search.reroot import Rerooted, reroot
 from crsm.search.root_actions import root_actions_by_prior_mass
 from crsm.search.search import search as python_search
 from crsm.search.seq_halving import considered_visits
+from crsm.search.sketch import sketch_tree
 from crsm.search.tree import SearchSummary, Tree, export_tree, summarize
 
 __all__ = [
@@ -31,5 +33,6 @@ __all__ = [
     "reroot",
     "root_actions_by_prior_mass",
     "search",
+    "sketch_tree",
     "summarize",
 ]

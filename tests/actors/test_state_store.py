@@ -89,8 +89,7 @@ def test_what_is_left_of_the_time_is_told() -> None:
     store = StateStore(10**6, clock)
     handle = store.put(SAVED, 5.0, "mine")
     clock.now += 2.0
-    saved, found = store.find(handle.handle, "mine")
-    assert saved is SAVED and found == dataclasses.replace(handle, seconds=3.0)
+    assert store.describe(handle.handle, "mine") == dataclasses.replace(handle, seconds=3.0)
 
 
 def test_who_keeps_much_pushes_out_his_own_states_first() -> None:
