@@ -209,8 +209,8 @@ class DeliberationConfig(Settings):
     """Tokens of the principal variation that are written."""
     plan_every: Positive = 1
     """Ask at every n-th generated position."""
-    max_plans: Annotated[int, Field(ge=1)] | None = None
-    """Requests per generation; None: no bound."""
+    max_plans: Annotated[int, Field(ge=0)] | None = None
+    """Requests per generation; 0: System 1 alone; None: no bound."""
     hypotheses: Positive = 1
     withdraw: bool = True
     """Take a superseded or spent write out of the state again."""

@@ -43,13 +43,14 @@ SNAPSHOTS = some_array("float32", "uint16")
 REQUESTS = st.builds(
     PlanRequest,
     *(INTEGERS, TEXT, INTEGERS, INTEGERS, INTEGERS, SNAPSHOTS, SNAPSHOTS, st.none() | SNAPSHOTS, INTEGERS, INTEGERS),
-    *(TIMES, TIMES, NUMBERS, INTEGERS, INTEGERS),
+    *(TIMES, TIMES, NUMBERS, INTEGERS, INTEGERS, st.booleans()),
 )
 ANY_ARRAY = some_array("float32", "uint16", "int64", "float64")
 PLANS = st.builds(
     Plan,
     *(INTEGERS, TEXT, INTEGERS, INTEGERS, TOKENS, TOKENS, ANY_ARRAY, ANY_ARRAY, NUMBERS),
     *(ANY_ARRAY, ANY_ARRAY, ANY_ARRAY, ANY_ARRAY, ANY_ARRAY, INTEGERS, NUMBERS, TEXT, INTEGERS),
+    sketch_S6=st.none() | some_array("float32"),
 )
 
 
@@ -136,14 +137,14 @@ def test_a_planner_that_answers_with_something_else_is_refused(changes: dict[str
 
 @given(REQUESTS | PLANS, st.data())
 def test_damaged_bytes_are_read_as_a_record_or_named_malformed(record: PlanRequest | Plan, data: st.DataObject) -> None:
-    slot = a_slot(8000)
+    slot = a_slot(16_000)
     is_request = isinstance(record, PlanRequest)
     size = write_request(slot, record) if isinstance(record, PlanRequest) else write_plans(slot, [record])
     for _ in range(data.draw(st.integers(1, 4))):
         # The front holds everything that says where something lies.
         place = data.draw(st.integers(0, min(size - 1, 200)))
         slot[place] = data.draw(st.integers(0, 255))
-    claimed = data.draw(st.sampled_from([size, size - 1, size + 16, 0, 1, 8000, 2**40]))
+    claimed = data.draw(st.sampled_from([size, size - 1, size + 16, 0, 1, 16_000, 2**40]))
     try:
         found = [read_request(slot, claimed)] if is_request else read_plans(slot, claimed)
     except Malformed:

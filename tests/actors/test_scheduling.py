@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -342,6 +343,34 @@ def test_planners_are_added_when_deadlines_are_missed_and_removed_when_there_is_
             state.heard(planner, 1, now)
     assert stopped == [1] and state.slots[1].phase is Phase.PARKED and state.counts["scaled_down"] == 1
     assert state.count(Phase.READY) == 1
+
+
+@pytest.mark.parametrize("policy", [None, ScalingPolicy(1, 2)])
+def test_a_pool_that_is_resized_has_so_many_planners_whatever_the_load(policy: ScalingPolicy | None) -> None:
+    state = ready_pool(count=2, max_in_flight=1, scaling=policy)
+    state.fleet.resize(4, 1.0)
+    assert state.decide(1.0).start == (2, 3)
+    assert all(state.ready(planner, 1, 1.5) for planner in (2, 3))
+    state.fleet.resize(1, 2.0)
+    assert state.decide(2.0).stop == (3, 2, 1) and state.count(Phase.READY) == 1
+    state.fleet.resize(0, 3.0)
+    assert state.decide(3.0).stop == (0,) and state.room() == 0
+    state.fleet.resize(1, 4.0)
+    assert len(state.decide(4.0).start) == 1
+
+
+def test_a_planner_that_is_too_many_while_it_starts_leaves_when_it_is_ready() -> None:
+    state = ready_pool(count=1, max_in_flight=1)
+    state.fleet.resize(2, 1.0)
+    assert state.decide(1.0).start == (1,)
+    state.fleet.resize(1, 1.1)
+    submit(state, 0)  # keeps the first one busy
+    state.decide(1.1)
+    assert state.ready(1, 1, 1.2)
+    stopped: tuple[int, ...] = ()
+    for tick in range(40):
+        stopped += state.decide(1.2 + tick / 10).stop
+    assert len(stopped) == 1 or state.slots[0].phase is Phase.LEAVING
 
 
 def test_a_planner_that_is_no_longer_needed_finishes_what_it_has_and_may_come_back() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.decode_loop import Closed, Refused
-from actors.streams import Stream, Streams, Tokens, ends, lighten
+from actors.streams import Stream, Streams, Tokens, bundled, ended, ends, lighten
 from crsm.types import Injection, Token
 from tests.fixtures import a_request, make_plan, tiny_checkpoint
 
@@ -137,6 +137,28 @@ def test_tokens_of_one_message_come_back_from_a_journey_as_they_were(
         assert (theirs.injection is None) == (mine.injection is None)
         if theirs.injection is not None:
             assert theirs.injection.alpha_L == (0.5, 0.5) and theirs.injection.plan.line == (21, 22)
+
+
+def test_a_bundle_is_what_came_in_order_with_runs_of_tokens_drawn_together() -> None:
+    a, b, c = token("a", 0), token("b", 0), token("a", 1, last=True)
+    refused = Refused("d", "no")
+    assert bundled([]) == [] and bundled([a, b]) == [Tokens((a, b))]
+    assert bundled([refused, a, b, refused, c]) == [refused, Tokens((a, b)), refused, Tokens((c,))]
+    assert ended([a, b, c, refused, Closed("over")]) == {"a", "d"}
+
+
+def test_generations_of_one_reader_leave_together_and_count_as_one() -> None:
+    async def main() -> None:
+        streams = Streams(interval=0.0)
+        mine, other = Stream(), Stream()
+        streams.open(["a", "b", "c"], mine)
+        streams.open(["d"], other)
+        assert len(streams._readers) == 2
+        streams.close(["b"])
+        assert sorted(streams.close_all(mine)) == ["a", "c"] and list(streams._readers) == [other]
+        assert "a" not in streams and "d" in streams
+
+    asyncio.run(main())
 
 
 def test_what_ends_a_stream() -> None:
