@@ -2,12 +2,12 @@
 
 Invariants:
 
-* the front (:mod:`actors.serving`) knows nothing of Ray; this file hands it a backend and takes note of what it counts;
-* a replica is not there for anybody before its generator and its planners are; nobody listens to the world without keys;
+* the front (:mod:`actors.serving`) knows nothing of Ray: this file hands it a backend and takes note of what it counts;
+* a replica is there for nobody before its generator and its planners are; nobody listens to the world without keys;
 * a generator that dies is started again by Ray, one that cannot be costs its replica, which Serve replaces;
 * states lie in the application's vault: any replica goes on from any of them;
-* a replica that is replaced ends its streams first (Serve waits for them), then its generator; what Serve has to cut off
-  ends with an error event all the same (:mod:`actors.service_edge`).
+* a replica that is replaced ends its streams first (Serve waits for them), then its generator; what Serve has to cut
+  off ends with an error event all the same (:mod:`actors.service_edge`).
 
 ``serve run actors.service:build checkpoint=nano``, or ``import_path: actors.service:build`` in a config file, with
 ``args`` as in :class:`~actors.service_args.ServiceArgs`.
@@ -64,7 +64,7 @@ class Service:
         checkpoint = open_checkpoint(args)
         planners = planners_config(args, checkpoint)
         self._planners = planners.count
-        engine = checkpoint.config.engine.model_copy(update={"clock": "wall"})
+        engine = checkpoint.config.engine
         self._generator = start_generator(
             checkpoint,
             planners,
@@ -162,14 +162,16 @@ class Service:
 
 
 def open_checkpoint(args: ServiceArgs) -> Checkpoint:
-    """The checkpoint with the application's settings on top of its own.
+    """The checkpoint with the application's settings on top of its own, and the wall clock: a server waits for no plan.
 
     Raises:
         ValueError: there is none, or a setting is not allowed.
     """
     checkpoint = load_checkpoint(args.checkpoint)
     planners = [] if args.planners is None else [f"planners.count={args.planners}"]
-    checkpoint.model.config = merge_settings(checkpoint.config, args.config, [*args.set, *planners])
+    checkpoint.model.config = merge_settings(
+        checkpoint.config, args.config, [*args.set, *planners, "engine.clock=wall"]
+    )
     return checkpoint
 
 

@@ -61,7 +61,8 @@ class ServiceArgs(Settings):
     max_planners: Positive | None = None
     """Planners that a client may set at most; None: twice as many as there are, at least 4."""
     scale_planners: bool = False
-    """As many planners, up to ``max_planners``, as answer in time; else ``planners``, until a client sets their number."""
+    """As many planners, up to ``max_planners``, as answer in time; else so many as said, until a client sets another
+    number."""
     threads: Positive = 1
     """Threads of each generator."""
     generator_cpus: Annotated[float, Field(ge=0)] = 1.0

@@ -88,6 +88,7 @@ class _Response:
                 self._replaced = message["status"]
                 return
             self._started, self._streams = True, kind.startswith(b"text/event-stream")
+            message["headers"] = _without_repeats(message["headers"])
         await self._send(message)
 
     async def settle(self) -> None:
@@ -116,6 +117,12 @@ def _own_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]
     if not all(value.isascii() for name, (_, value) in own if name in DECODED):
         return None
     return [header for name, header in own if name not in STEERING]
+
+
+def _without_repeats(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The request's id once: the front and the proxy both name it."""
+    ids = [place for place, (name, _) in enumerate(headers) if name.lower() == b"x-request-id"]
+    return [header for place, header in enumerate(headers) if place not in ids[1:]]
 
 
 def middlewares() -> list[Middleware]:
