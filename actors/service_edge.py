@@ -36,7 +36,6 @@ SERVES_OWN = "/-/"
 """Serve's own paths: health and routes."""
 GONE = ApiError(503, "the replica that answered is gone; the same request may be tried again", code="replica_gone")
 _ANSWERS = {
-    404: "there is no such path",
     408: "the request took too long",
     429: "too many requests; try again later",
     503: "no replica is ready; try again later",
@@ -94,7 +93,9 @@ class _Response:
     async def settle(self) -> None:
         """Ends what the proxy has left unfinished."""
         if self._replaced is not None:
-            status = self._replaced if self._replaced in _ANSWERS else 500
+            # 404: no application is routed to, since it has not begun or is about to end.
+            status = {404: 503}.get(self._replaced, self._replaced)
+            status = status if status in _ANSWERS else 500
             headers = {"Retry-After": "1"} if status in (429, 503) else None
             await self.fail(ApiError(status, _ANSWERS.get(status, "the server failed"), headers=headers))
         elif not self._started:
