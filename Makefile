@@ -56,7 +56,8 @@ test-slow: setup ## the slow tests
 test-gpu: setup ## the tests that need a CUDA device
 	$(ALONE) -m "gpu"
 
-test-browser: setup ## the tests that need a headless browser
+test-browser: setup ## the tests of the page, in a headless Chromium (Debian: apt-get install chromium)
+	@$(PIP) install -c constraints.txt playwright
 	$(ALONE) -m "browser"
 
 # The sanitizers' runtimes must be there before Python is; with libstdc++, whose exceptions they watch.

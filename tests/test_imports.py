@@ -32,7 +32,7 @@ LAYERS = (
     },
     {"event_log", "metrics", "plan_events"},
     {"deliberation"},
-    {"parking"},
+    {"parking", "turns"},
     {"engine"},
     {"training", "evaluation"},
     {"cli"},
