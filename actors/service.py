@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from typing import Any
 
@@ -124,6 +125,10 @@ class Service:
         away = time.monotonic() - self._well_at
         if away > self._args.restart_seconds:
             raise RuntimeError(f"the generator has not answered for {away:.0f} s")
+
+    async def metrics(self) -> dict[str, Any]:
+        """The counters of this replica's generator, and the processes: ``get_app_handle(…).metrics.remote()``."""
+        return {**await self._backend.metrics(), "pid": self._pid, "replica_pid": os.getpid()}
 
     async def __del__(self) -> None:
         if (app := getattr(self, "_app", None)) is not None:
