@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from actors.serving.backend import ServedModel
 from actors.serving.errors import ApiError, invalid
+from actors.serving.fields import short
 from actors.serving.schema import Asked, ChatMessage, ChatRequest, CompletionRequest, CrsmOptions
 from actors.serving.settings import ServeSettings
 from crsm.config import DeliberationConfig, SamplingConfig
@@ -40,8 +41,8 @@ def check_limits(body: Asked, prompts: int, settings: ServeSettings) -> None:
     """
     choices = prompts * (body.n or 1)
     if choices > settings.max_n:
-        what = "n" if prompts == 1 else f"n × prompts = {prompts} ×"
-        _refuse("n", f"{what} = {body.n or 1}" if prompts == 1 else f"{what} {body.n or 1}", 1, settings.max_n, "max_n")
+        count = "n =" if prompts == 1 else f"prompts × n = {prompts} ×"
+        _refuse("n", f"{count} {body.n or 1}", 1, settings.max_n, "max_n")
     options = body.crsm or CrsmOptions()
     limits: tuple[tuple[str, float | None, float, str], ...] = (
         ("max_tokens", body.max_tokens, settings.max_tokens, "max_tokens"),
@@ -61,7 +62,7 @@ def check_limits(body: Asked, prompts: int, settings: ServeSettings) -> None:
         limits += (("max_completion_tokens", body.max_completion_tokens, settings.max_tokens, "max_tokens"),)
     for field, value, limit, name in limits:
         if value is not None and value > limit:
-            _refuse(field, f"{field} = {value:g}", 0 if field == "crsm.lag" else None, limit, name)
+            _refuse(field, f"{field} = {short(value)}", 0 if field == "crsm.lag" else None, limit, name)
     stops = body.stop or ()
     if len(stops) > settings.max_stop:
         raise invalid(f"stop = {len(stops)} strings; allowed: at most {settings.max_stop} (max_stop)", "stop")
@@ -159,7 +160,6 @@ def generation_requests(
         pace=_or(options.pace, saved.pace if saved else None),
         start=saved,
         keep=bool(options.save_state),
-        reseed=saved is not None and body.seed is not None,
         watch=bool(options.events or options.log),
         trees=bool(options.trees),
     )
@@ -168,7 +168,15 @@ def generation_requests(
         replace(
             first,
             prompt=prompt,
-            sampling=sampling.model_copy(update={"seed": (sampling.seed + index) % SEEDS}),
+            sampling=sampling.model_copy(
+                update={
+                    "seed": (sampling.seed + index) % SEEDS,
+                    # An answer that goes on counts what it has said.
+                    "max_tokens": sampling.max_tokens + (saved.generated if saved and not prompt else 0),
+                }
+            ),
+            # Choices that all went on with the saved random numbers would all be the same.
+            reseed=saved is not None and (body.seed is not None or index > 0),
             generation_id=f"{completion_id}-{index}",
         )
         for index, prompt in enumerate(prompt for prompt in prompts for _ in range(count))

@@ -19,16 +19,15 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class CrsmOptions(Body):
     """How System 2 takes part, and what is told of it. What is missing is as the served model's settings have it, or as
     in the state that the request goes on from."""
 
-    lag: Annotated[int, Field(ge=0)] | None = None
+    lag: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """Tokens between the request of a plan and its target."""
     injection_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     channel: Literal["state", "policy", "both", "off"] | None = None
