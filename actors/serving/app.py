@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from actors.serving import answers
@@ -253,7 +253,13 @@ def _add_page(app: FastAPI) -> None:
     async def page() -> Response:
         return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
 
-    app.mount("/page", StaticFiles(directory=PAGE, html=True), name="page")
+    # The page names its files relative to the root.
+    @app.get("/page/", include_in_schema=False)
+    @app.get("/page/index.html", include_in_schema=False)
+    async def page_itself() -> Response:
+        return RedirectResponse("../")
+
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -97,11 +97,12 @@ class Choice:
         self._verdicts = {tokenizer.verdict_id(True): "yes", tokenizer.verdict_id(False): "no"}
         self._stop = StopStrings(stop) if stop else None
         self._by_token = details.logprobs or details.tokens
+        self._plain = not (stop or self._by_token or log)
+        """Only the text is wanted."""
         self._text: list[str] = [echo] if echo else []
         self._decoded = self._released = len(echo)
         """Characters that were decoded, and that may be handed out."""
         self._pending: deque[Spoken] = deque()
-        self._tokens: list[Spoken] = []
         self._events: list[dict[str, Any]] = []
         self.said: list[int] = []
         """Every token, in order; the one that ended the answer too."""
@@ -123,11 +124,16 @@ class Choice:
         Raises:
             GenerationFailed: it was cancelled by somebody else.
         """
+        said, text, push = self.said, self._text, self._decoder.push
         for item in items:
             if self.finish is not None:
                 return
             if isinstance(item, Token):
-                self._feed_token(item)
+                if self._plain and not item.finished and item.injection is None:  # nearly all there is
+                    said.append(item.token)
+                    text.append(push(item.token))
+                else:
+                    self._feed_token(item)
             elif isinstance(item, PlanEvent):
                 if self._details.events:
                     self._events.append(self._notes.event(item))

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from actors.serving.bodies import read_body
 from actors.serving.choice import Choice, Details, Said, Spoken
 from actors.serving.connection import while_connected
-from actors.serving.errors import ApiError, to_json
+from actors.serving.errors import ApiError, ClientGone, to_json
 from actors.serving.front import STATE_PREFIX, Front, RequestInfo
 from actors.serving.generation_log import GenerationLog
 from actors.serving.requests import check_limits, check_model, generation_requests, prompts_of
@@ -195,6 +195,8 @@ class CompletionResponse(Response):
                 finally:
                     self._info.tokens = run.tokens
             end = (chunks.usage(self._usage()) if usage else b"") + DONE
+        except OSError:  # of ``send``: nobody reads
+            raise ClientGone from None
         except Exception as failure:
             error = as_api_error(failure, self._front.admission)
             if not started:

@@ -29,6 +29,9 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         task.cancel()
         watch.cancel()
         await asyncio.wait((task, watch))
+        for each in (task, watch):
+            if not each.cancelled():
+                each.exception()  # whatever it was, nobody waits for it any more
 
 
 async def _until_gone(receive: Receive) -> None:

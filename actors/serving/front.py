@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from actors.serving.admission import Admission
 from actors.serving.backend import Backend, ServedModel
-from actors.serving.chat import make_renderer
+from actors.serving.chat import Render, make_renderer
 from actors.serving.errors import ApiError, invalid
 from actors.serving.event_json import EventJson
 from actors.serving.requests import encode_prompt, plain_messages
@@ -48,23 +48,28 @@ class Front:
         self.is_draining = is_draining
         self.admission = Admission(settings.max_concurrent, telemetry, is_draining)
         self.open_streams = 0
-        self._described: ServedModel = backend.model
-        self._describe()
+        self._weights = ("", -1)
+        """Hash and version of those that ``_notes`` and ``_render`` belong to."""
+        self._notes: EventJson
+        self._render: Render
+        self._follow()
 
-    def _describe(self) -> None:
-        served = self._described
-        self._notes, self._render = EventJson(served), make_renderer(served.chat_template, served.tokenizer)
+    def _follow(self) -> ServedModel:
+        served = self.backend.model
+        if (weights := (served.weights_hash, served.model_version)) != self._weights:
+            self._weights = weights
+            self._notes, self._render = EventJson(served), make_renderer(served.chat_template, served.tokenizer)
+        return served
 
     @property
     def served(self) -> ServedModel:
         """The model, as it is now: its weights may be updated."""
-        if self.backend.model is not self._described:
-            self._described = self.backend.model
-            self._describe()
-        return self._described
+        return self._follow()
 
     @property
     def notes(self) -> EventJson:
+        """Writes the events of the model as it is now."""
+        self._follow()
         return self._notes
 
     def interval(self) -> float:

@@ -408,12 +408,13 @@ def test_the_page_is_served_with_a_policy_that_lets_nothing_in(tmp_path: Path, m
     (tmp_path / "main.js").write_text("1")
     monkeypatch.setattr(app_module, "PAGE", tmp_path)
     app = an_app(api_keys=("key",))
-    for path in ("/", "/page/", "/page/index.html"):
-        answer = ask(app, "GET", path)
-        assert answer.status_code == 200 and "<title>x" in answer.text
-        policy = answer.headers["content-security-policy"]
-        assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
-        assert answer.headers["x-content-type-options"] == "nosniff"
+    answer = ask(app, "GET", "/")
+    assert answer.status_code == 200 and "<title>x" in answer.text
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    for path in ("/page/", "/page/index.html"):
+        assert ask(app, "GET", path).headers["location"] == "../"
     script = ask(app, "GET", "/page/main.js")
     assert script.status_code == 200 and "javascript" in script.headers["content-type"]
     assert script.headers["x-content-type-options"] == "nosniff"

@@ -360,3 +360,13 @@ def test_a_stream_ends_with_its_mark() -> None:
     assert complete(an_app(), stream=True, max_tokens=3).content.endswith(DONE)
     headers = complete(an_app(), stream=True, max_tokens=3).headers
     assert headers["content-type"] == "text/event-stream; charset=utf-8" and headers["cache-control"] == "no-cache"
+
+
+def test_answers_name_the_weights_that_made_them() -> None:
+    backend = FakeBackend()
+    app = an_app(backend)
+    before = complete(app, max_tokens=1).json()["system_fingerprint"]
+    backend._model = dataclasses.replace(backend.model, weights_hash="other", model_version=4)
+    after = complete(app, max_tokens=1, crsm={"log": True}).json()
+    assert (before, after["system_fingerprint"]) == ("0123456789abcdef", "other")
+    assert '"model_version": 4' in after["crsm"]["choices"][0]["log"][0]
