@@ -59,7 +59,7 @@ PING_SECONDS = 10.0
 class Service:
     """One replica."""
 
-    async def __init__(self, args: ServiceArgs) -> None:
+    async def __init__(self, args: ServiceArgs) -> None:  # type: ignore[misc]
         self._args = args
         await asyncio.to_thread(check_exposure, _listening_host(), args.server)
         checkpoint = open_checkpoint(args)
@@ -217,7 +217,8 @@ def application(args: ServiceArgs) -> serve.Application:
         options["autoscaling_config"] = AutoscalingConfig(**args.autoscaling.model_dump())
     if args.pins_sessions:
         options["request_router_config"] = RequestRouterConfig(request_router_class=ROUTER)
-    return Service.options(**options).bind(args)
+    deployment: Any = Service
+    return deployment.options(**options).bind(args)
 
 
 def _listening_host() -> str:

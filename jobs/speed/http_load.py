@@ -174,7 +174,8 @@ class Client:
 
     async def arriving(self, asked: Sequence[Asked], rate: float, seconds: float, seed: int) -> list[Answer]:
         """Requests that come by themselves, ``rate`` a second on average, whether others have been answered or not."""
-        draw, tasks = random.Random(seed), []
+        draw = random.Random(seed)
+        tasks: list[asyncio.Task[Answer]] = []
         begin = time.perf_counter()
         at = draw.expovariate(rate)
         while at < seconds:
