@@ -91,8 +91,9 @@ def serve_until_stopped(
 
     Raises:
         ValueError: an option, a setting or the checkpoint is wrong.
-        OSError: the port is taken, or the application did not start; in one line.
+        OSError: the application did not start; in one line.
     """
+    args.server.keys()
     check_exposure(host, args.server)
     check_port(host, port)
     if tracing:
@@ -135,7 +136,7 @@ def check_port(host: str, port: int) -> None:
     """Whether one can listen there.
 
     Raises:
-        OSError: it is taken, or the address is not this machine's; in words.
+        ValueError: it is taken, or the address is not this machine's.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

@@ -25,7 +25,7 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 
 from actors.generator import start_generator, stop_generator
 from actors.ray_backend import RayBackend
@@ -59,7 +59,7 @@ PING_SECONDS = 10.0
 class Service:
     """One replica."""
 
-    async def __init__(self, args: ServiceArgs) -> None:
+    async def __init__(self, args: ServiceArgs) -> None:  # type: ignore[misc]
         self._args = args
         await asyncio.to_thread(check_exposure, _listening_host(), args.server)
         checkpoint = open_checkpoint(args)
@@ -205,6 +205,9 @@ def build(args: dict[str, Any]) -> serve.Application:
 def application(args: ServiceArgs) -> serve.Application:
     options: dict[str, Any] = {
         "max_ongoing_requests": args.places,
+        # What waits for a replica is bounded as well.
+        "max_queued_requests": args.places,
+        "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1.0),
         "graceful_shutdown_timeout_s": args.graceful_seconds,
         "ray_actor_options": {"num_cpus": args.replica_cpus},
     }
@@ -214,7 +217,8 @@ def application(args: ServiceArgs) -> serve.Application:
         options["autoscaling_config"] = AutoscalingConfig(**args.autoscaling.model_dump())
     if args.pins_sessions:
         options["request_router_config"] = RequestRouterConfig(request_router_class=ROUTER)
-    return Service.options(**options).bind(args)
+    deployment: Any = Service
+    return deployment.options(**options).bind(args)
 
 
 def _listening_host() -> str:

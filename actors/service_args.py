@@ -131,10 +131,8 @@ def _describe(fault: Any, source: str) -> str:
 
 
 def _siblings(location: tuple[Any, ...]) -> list[str]:
-    model: type[Settings] = ServiceArgs
-    for part in location[:-1]:
-        model = {"server": ServeSettings, "autoscaling": AutoscalingArgs}.get(str(part), model)
-    return sorted(model.model_fields)
+    groups: dict[str, type[Settings]] = {"server": ServeSettings, "autoscaling": AutoscalingArgs}
+    return sorted(groups.get(str(location[0]) if len(location) > 1 else "", ServiceArgs).model_fields)
 
 
 def check_exposure(host: str, settings: ServeSettings) -> None:

@@ -3,6 +3,8 @@
 Invariants:
 
 * a stream whose replica dies ends with an error event and ``[DONE]``, not with a torn connection;
+* nobody waits for a replica that is not there: a request that has no answer yet is turned away with 503 when not even
+  ``/healthz`` is answered;
 * what the proxy says by itself (no route, no replica, no answer) is OpenAI's JSON, and no trace of code is in it;
 * headers that steer Serve (timeouts, disconnects, multiplexing) are taken away: they are not the client's to set;
 * everything else passes as it is, chunk by chunk.
@@ -35,6 +37,7 @@ DECODED = frozenset((b"x-request-id", b"x-session-id"))
 SERVES_OWN = "/-/"
 """Serve's own paths: health and routes."""
 GONE = ApiError(503, "the replica that answered is gone; the same request may be tried again", code="replica_gone")
+ABSENT = ApiError(503, "no replica is ready; try again later", code="no_replica", headers={"Retry-After": "1"})
 _ANSWERS = {
     408: "the request took too long",
     429: "too many requests; try again later",
@@ -42,12 +45,19 @@ _ANSWERS = {
 }
 _HEADERS = [(b"content-type", b"application/json")]
 
+PATIENCE = 2.0
+"""Seconds that a request waits for the beginning of its answer before it is asked whether anybody is there."""
+PROBE_SECONDS = 2.0
+"""Within which a replica that is there answers ``/healthz``."""
+
 
 class Edge:
     """An ASGI middleware."""
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
+        self._probe: asyncio.Task[bool] | None = None
+        """One for all that wait."""
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith(SERVES_OWN):
@@ -58,13 +68,64 @@ class Edge:
         if headers is None:
             await response.fail(ApiError(400, "x-request-id or x-session-id holds bytes outside of ASCII"))
             return
+        asked = asyncio.ensure_future(self._app({**scope, "headers": headers}, receive, response.send))
+        watch = asyncio.get_running_loop().call_later(PATIENCE, self._look_after, scope, asked, response)
         try:
-            await self._app({**scope, "headers": headers}, receive, response.send)
+            await asked
         except asyncio.CancelledError:
-            raise
+            if not response.abandoned:
+                raise
         except Exception:  # the proxy's own fault; it must not show, and the client must not hang
             logger.exception("the proxy failed")
+        finally:
+            watch.cancel()
+            asked.cancel()
         await response.settle()
+
+    def _look_after(self, scope: Message, asked: asyncio.Future[None], response: _Response) -> None:
+        """Ends a request that has waited for long if there is nobody to answer it; else looks again later."""
+        if asked.done() or response.begun:
+            return
+        if self._probe is None:
+            self._probe = asyncio.ensure_future(self._is_anybody_there(scope))
+            self._probe.add_done_callback(self._forget_probe)
+
+        def told(probe: asyncio.Task[bool]) -> None:
+            if asked.done() or response.begun:
+                return
+            if probe.cancelled() or probe.result():
+                asyncio.get_running_loop().call_later(PATIENCE, self._look_after, scope, asked, response)
+            else:
+                response.abandoned = True
+                asked.cancel()
+
+        self._probe.add_done_callback(told)
+
+    def _forget_probe(self, probe: asyncio.Task[bool]) -> None:
+        self._probe = None
+
+    async def _is_anybody_there(self, scope: Message) -> bool:
+        """Whether a replica answers at all."""
+        status = 0
+
+        async def receive() -> Message:
+            await asyncio.sleep(2 * PROBE_SECONDS)  # the client is still there
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+
+        root = scope.get("root_path", "")
+        asks = {**scope, "method": "GET", "path": f"{root}/healthz", "raw_path": b"/healthz", "query_string": b""}
+        asks["headers"] = [(b"host", b"localhost"), (b"x-request-id", b"probe")]
+        try:
+            await asyncio.wait_for(self._app(asks, receive, send), PROBE_SECONDS)
+        except TimeoutError:
+            return False
+        except Exception:
+            logger.exception("the proxy failed")
+        return status == 200
 
 
 class _Response:
@@ -73,8 +134,14 @@ class _Response:
     def __init__(self, send: Send) -> None:
         self._send = send
         self._started = self._complete = self._streams = False
+        self.abandoned = False
+        """Nobody is there to answer."""
         self._replaced: int | None = None
         """Status of an answer of the proxy's own, which is said in other words."""
+
+    @property
+    def begun(self) -> bool:
+        return self._started or self._replaced is not None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.body":
@@ -98,6 +165,8 @@ class _Response:
             status = status if status in _ANSWERS else 500
             headers = {"Retry-After": "1"} if status in (429, 503) else None
             await self.fail(ApiError(status, _ANSWERS.get(status, "the server failed"), headers=headers))
+        elif self.abandoned:
+            await self.fail(ABSENT)
         elif not self._started:
             await self.fail(GONE)
         elif not self._complete and self._streams:

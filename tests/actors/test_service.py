@@ -8,9 +8,8 @@ import os
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ import pytest
 import ray
 from ray import serve
 
-from actors.serve_command import check_port
-from actors.service import application
+from actors.service import _listening_host, application
 from actors.service_args import SERVE_ENVIRONMENT, ServiceArgs
 from actors.serving.settings import ServeSettings
 from crsm.config import DeliberationConfig, SamplingConfig
@@ -34,15 +32,19 @@ from tests.fixtures import PROMPT, tiny_checkpoint
 
 pytestmark = pytest.mark.ray
 
-HOST, PORT = "127.0.0.1", 8311
+HOST = "127.0.0.1"
 PROMPTS = tuple((7 + i % 8, 9, 22, 24, 5 + i % 3, 26) for i in range(16))
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    url: str
+    port: int
     args: ServiceArgs
     checkpoint: Checkpoint
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
 
     def deploy(self, **changes: Any) -> None:
         """Rolls out a new version, and returns when it runs."""
@@ -61,13 +63,20 @@ class Service:
         return until_answered[0]
 
     def until_ready(self) -> None:
-        until(lambda: httpx.get(f"{self.url}/readyz", timeout=HANG).status_code == 200, 60)
+        """Nobody hangs while there is no replica: the proxy says so."""
+        until(lambda: httpx.get(f"{self.url}/readyz", timeout=2 * HANG).status_code == 200, 60)
 
     def said_alone(self, prompt: tuple[int, ...], sampling: SamplingConfig) -> list[int]:
         """What an engine says by itself."""
         off = DeliberationConfig(max_plans=None, injection_rate=0.0)
         engine = Engine(self.checkpoint)
         return [token.token for token in engine.generate([GenerationRequest(prompt, sampling, off)])]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +98,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     before = {name: os.environ.get(name) for name in SERVE_ENVIRONMENT}
     os.environ.update(SERVE_ENVIRONMENT)
     try:
-        check_port(HOST, PORT)
         with start_ray("local", num_cpus=16):
-            serve.start(http_options={"host": HOST, "port": PORT}, logging_config={"enable_access_log": False})
-            found = Service(f"http://{HOST}:{PORT}", args, checkpoint)
+            found = Service(free_port(), args, checkpoint)
+            serve.start(http_options={"host": HOST, "port": found.port}, logging_config={"enable_access_log": False})
             found.deploy()
             yield found
             serve.shutdown()
@@ -167,6 +175,8 @@ def test_sixteen_streams_at_a_time_say_what_each_would_say_alone(service: Servic
     heard = together([listen(service.url, body) for body in bodies])
     for prompt, sampling, stream in zip(PROMPTS, samplings, heard, strict=True):
         wanted = service.said_alone(prompt, sampling)
+        if stream.finish == "stop":  # the token that ends an answer is not part of its text
+            assert wanted.pop() in service.checkpoint.tokenizer.terminal_ids
         assert [token["id"] for token in stream.tokens] == wanted and stream.done
         stream.check_order(prompt)
 
@@ -271,12 +281,12 @@ def is_alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def connections(count: int, text: bytes) -> Iterator[list[socket.socket]]:
+def connections(port: int, count: int, text: bytes) -> Iterator[list[socket.socket]]:
     """Connections on which somebody said this and then nothing."""
     with contextlib.ExitStack() as stack:
         opened = []
         for _ in range(count):
-            opened.append(stack.enter_context(socket.create_connection((HOST, PORT), timeout=10)))
+            opened.append(stack.enter_context(socket.create_connection((HOST, port), timeout=10)))
             opened[-1].sendall(text)
         yield opened
 
@@ -285,9 +295,9 @@ def test_others_are_served_beside_a_slow_reader_and_half_open_connections(servic
     body = b'{"model":"tiny","prompt":[7,9,22],"max_tokens":9000,"stream":true,"crsm":{"events":true}}'
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     with (
-        connections(1, head % len(body) + body) as (slow,),
-        connections(100, b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-le"),
-        connections(100, head % 50 + b'{"model'),
+        connections(service.port, 1, head % len(body) + body) as (slow,),
+        connections(service.port, 100, b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-le"),
+        connections(service.port, 100, head % 50 + b'{"model'),
     ):
         assert slow.recv(1) == b"H"  # and then it sleeps
         for stream, prompt in zip(
@@ -332,20 +342,15 @@ def test_prometheus_finds_the_metrics(service: Service) -> None:
     until(exported, 60)
 
 
-def test_nobody_listens_to_the_world_without_keys(service: Service) -> None:
-    """The replica itself looks at the proxies' address: a config file may name any."""
-    import actors.service
-
-    found: Callable[[], str] = actors.service._listening_host
-    assert found() == HOST
-    assert replace(service).args.server.keys({}) == ()
+def test_a_replica_knows_where_the_proxies_listen(service: Service) -> None:
+    """So that it refuses to stand open, whatever a config file says."""
+    assert _listening_host() == HOST
 
 
-def test_the_application_goes_and_the_vault_is_told_nothing(service: Service) -> None:
-    """The last test: an application that is deleted ends its replica and its generator."""
+def test_an_application_that_is_deleted_ends_with_its_generator(service: Service) -> None:
+    """The last test of this file."""
     found = service.metrics()
     serve.delete("crsm")
     until(lambda: not is_alive(found["pid"]) and not is_alive(found["replica_pid"]), 30)
     answer = httpx.get(f"{service.url}/v1/models", timeout=HANG)
     assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error"
-    assert time.monotonic() > 0

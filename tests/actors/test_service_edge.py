@@ -123,3 +123,44 @@ def test_a_requests_id_is_named_once() -> None:
 def test_serves_own_affairs_are_left_alone(scope: dict[str, Any]) -> None:
     messages = [start(503, [(b"content-type", b"text/plain")]), body(b"no")]
     assert through(*messages, scope=scope)[0] == messages
+
+
+def waiting(answers_health: bool, seconds: float = 0.3) -> tuple[list[Any], int]:
+    """What a client hears whose request takes so long, and how often somebody asked whether anybody is there."""
+    probes = 0
+    sent: list[Any] = []
+
+    async def proxy(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal probes
+        if scope["path"] == "/healthz":
+            probes += 1
+            assert scope["method"] == "GET" and b"authorization" not in dict(scope["headers"])
+            if not answers_health:
+                await asyncio.sleep(60)
+        else:
+            await asyncio.sleep(seconds)
+        await send(start(200, [(b"content-type", b"application/json")]))
+        await send(body(b"{}"))
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("nothing is read")
+
+    asyncio.run(Edge(proxy)(SCOPE, receive, send))
+    return sent, probes
+
+
+def test_nobody_waits_for_a_replica_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.service_edge.PATIENCE", 0.01)
+    monkeypatch.setattr("actors.service_edge.PROBE_SECONDS", 0.05)
+    sent, probes = waiting(answers_health=False, seconds=30)
+    assert sent[0]["status"] == 503 and error(sent)["code"] == "no_replica" and probes == 1
+    assert (b"retry-after", b"1") in sent[0]["headers"]
+
+
+def test_who_waits_for_a_replica_that_is_busy_goes_on_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.service_edge.PATIENCE", 0.05)
+    sent, probes = waiting(answers_health=True)
+    assert sent[0]["status"] == 200 and probes >= 2
