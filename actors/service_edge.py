@@ -68,36 +68,33 @@ class Edge:
         if headers is None:
             await response.fail(ApiError(400, "x-request-id or x-session-id holds bytes outside of ASCII"))
             return
-        asked = asyncio.ensure_future(self._app({**scope, "headers": headers}, receive, response.send))
-        watch = asyncio.get_running_loop().call_later(PATIENCE, self._look_after, scope, asked, response)
+        client = _Client(receive)
+        watch = asyncio.get_running_loop().call_later(PATIENCE, self._look_after, scope, client, response)
         try:
-            await asked
+            await self._app({**scope, "headers": headers}, client.receive, response.send)
         except asyncio.CancelledError:
-            if not response.abandoned:
-                raise
+            raise
         except Exception:  # the proxy's own fault; it must not show, and the client must not hang
             logger.exception("the proxy failed")
         finally:
             watch.cancel()
-            asked.cancel()
-        await response.settle()
+            client.served = True
+        await response.settle(abandoned=client.sent_away.is_set())
 
-    def _look_after(self, scope: Message, asked: asyncio.Future[None], response: _Response) -> None:
+    def _look_after(self, scope: Message, client: _Client, response: _Response) -> None:
         """Ends a request that has waited for long if there is nobody to answer it; else looks again later."""
-        if asked.done() or response.begun:
+        if client.served or response.begun:
             return
         if self._probe is None:
             self._probe = asyncio.ensure_future(self._is_anybody_there(scope))
             self._probe.add_done_callback(self._forget_probe)
 
         def told(probe: asyncio.Task[bool]) -> None:
-            if asked.done() or response.begun:
-                return
-            if probe.cancelled() or probe.result():
-                asyncio.get_running_loop().call_later(PATIENCE, self._look_after, scope, asked, response)
-            else:
-                response.abandoned = True
-                asked.cancel()
+            if not client.served and not response.begun:
+                if probe.result():
+                    asyncio.get_running_loop().call_later(PATIENCE, self._look_after, scope, client, response)
+                else:
+                    client.sent_away.set()
 
         self._probe.add_done_callback(told)
 
@@ -109,8 +106,8 @@ class Edge:
         status = 0
 
         async def receive() -> Message:
-            await asyncio.sleep(2 * PROBE_SECONDS)  # the client is still there
-            return {"type": "http.disconnect"}
+            await asyncio.sleep(PROBE_SECONDS)
+            return {"type": "http.disconnect"}  # which makes the proxy give up, in order
 
         async def send(message: Message) -> None:
             nonlocal status
@@ -120,12 +117,31 @@ class Edge:
         asks = {**scope, "method": "GET", "path": f"{root}/healthz", "raw_path": b"/healthz", "query_string": b""}
         asks["headers"] = [(b"host", b"localhost"), (b"x-request-id", b"probe")]
         try:
-            await asyncio.wait_for(self._app(asks, receive, send), PROBE_SECONDS)
+            await asyncio.wait_for(self._app(asks, receive, send), 2 * PROBE_SECONDS)
         except TimeoutError:
             return False
         except Exception:
             logger.exception("the proxy failed")
         return status == 200
+
+
+class _Client:
+    """Who asks, as the proxy sees him."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.sent_away = asyncio.Event()
+        """Nobody is there to answer: to the proxy it looks as if the client had gone, which it knows how to handle."""
+        self.served = False
+
+    async def receive(self) -> Message:
+        said, sent_away = asyncio.ensure_future(self._receive()), asyncio.ensure_future(self.sent_away.wait())
+        try:
+            await asyncio.wait((said, sent_away), return_when=asyncio.FIRST_COMPLETED)
+            return said.result() if said.done() else {"type": "http.disconnect"}
+        finally:
+            said.cancel()
+            sent_away.cancel()
 
 
 class _Response:
@@ -134,8 +150,6 @@ class _Response:
     def __init__(self, send: Send) -> None:
         self._send = send
         self._started = self._complete = self._streams = False
-        self.abandoned = False
-        """Nobody is there to answer."""
         self._replaced: int | None = None
         """Status of an answer of the proxy's own, which is said in other words."""
 
@@ -157,15 +171,15 @@ class _Response:
             message["headers"] = _without_repeats(message["headers"])
         await self._send(message)
 
-    async def settle(self) -> None:
-        """Ends what the proxy has left unfinished."""
+    async def settle(self, *, abandoned: bool = False) -> None:
+        """Ends what the proxy has left unfinished. ``abandoned``: since nobody was there."""
         if self._replaced is not None:
             # 404: no application is routed to, since it has not begun or is about to end.
             status = {404: 503}.get(self._replaced, self._replaced)
             status = status if status in _ANSWERS else 500
             headers = {"Retry-After": "1"} if status in (429, 503) else None
             await self.fail(ApiError(status, _ANSWERS.get(status, "the server failed"), headers=headers))
-        elif self.abandoned:
+        elif abandoned and not self._started:
             await self.fail(ABSENT)
         elif not self._started:
             await self.fail(GONE)

@@ -136,9 +136,15 @@ def waiting(answers_health: bool, seconds: float = 0.3) -> tuple[list[Any], int]
             probes += 1
             assert scope["method"] == "GET" and b"authorization" not in dict(scope["headers"])
             if not answers_health:
-                await asyncio.sleep(60)
+                assert (await receive())["type"] == "http.disconnect"
+                return
         else:
-            await asyncio.sleep(seconds)
+            gone = asyncio.create_task(receive())
+            await asyncio.wait((gone,), timeout=seconds)
+            if gone.done():  # as Serve's proxy does
+                assert gone.result() == {"type": "http.disconnect"}
+                return
+            gone.cancel()
         await send(start(200, [(b"content-type", b"application/json")]))
         await send(body(b"{}"))
 
@@ -146,7 +152,7 @@ def waiting(answers_health: bool, seconds: float = 0.3) -> tuple[list[Any], int]
         sent.append(message)
 
     async def receive() -> Any:
-        raise AssertionError("nothing is read")
+        await asyncio.sleep(60)  # the client waits
 
     asyncio.run(Edge(proxy)(SCOPE, receive, send))
     return sent, probes
