@@ -245,6 +245,15 @@ def _add_information(app: FastAPI, front: Front, keys: Keys) -> None:
         return json_response({"status": "ready"})
 
 
+class _FreshFiles(StaticFiles):
+    """Files that a browser asks after every time: modules of two versions would not understand each other."""
+
+    def file_response(self, *arguments: Any, **named: Any) -> Response:
+        response = super().file_response(*arguments, **named)
+        response.headers["cache-control"] = "no-cache"
+        return response
+
+
 def _add_page(app: FastAPI) -> None:
     if not (PAGE / "index.html").is_file():
         return
@@ -259,7 +268,7 @@ def _add_page(app: FastAPI) -> None:
     async def page_itself() -> Response:
         return RedirectResponse("../")
 
-    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+    app.mount("/page", _FreshFiles(directory=PAGE), name="page")
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

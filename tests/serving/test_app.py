@@ -416,6 +416,7 @@ def test_the_page_is_served_with_a_policy_that_lets_nothing_in(tmp_path: Path, m
     for path in ("/page/", "/page/index.html"):
         assert ask(app, "GET", path).headers["location"] == "../"
     script = ask(app, "GET", "/page/main.js")
+    assert script.headers["cache-control"] == "no-cache"
     assert script.status_code == 200 and "javascript" in script.headers["content-type"]
     assert script.headers["x-content-type-options"] == "nosniff"
     for path in ("/page/none.js", "/page/../app.py", "/page/%2e%2e/app.py", "/page/..%2fapp.py"):

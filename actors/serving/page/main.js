@@ -14,6 +14,7 @@ const views = createViews();
 let info = null;
 let controls = null;
 let box = null;
+let prepared = false; // the first problem is there, or cannot be had
 let race = null;
 let racing = null; // AbortController of the running race
 let scoring = null; // and of the running score
@@ -51,7 +52,7 @@ function setServer(text, kind) {
 // ------------------------------------------------------------------------------------------------------------ race
 
 async function startRace() {
-  if (!controls) return;
+  if (!prepared) return;
   stopRace();
   clearError();
   const own = (racing = new AbortController());
@@ -77,7 +78,7 @@ function stopRace() {
 }
 
 function setRunning() {
-  byId("start").disabled = !controls || racing !== null;
+  byId("start").disabled = !prepared || racing !== null;
   byId("stop").disabled = racing === null;
   document.body.classList.toggle("racing", racing !== null);
   const logged = race !== null && SYSTEMS.some((name) => race.systems[name].log.length || race.systems[name].tokens.length);
@@ -154,8 +155,9 @@ async function connect(tries = 0) {
     box = createProblemBox(info, showProblem, showError);
     if (info.clock === "virtual") Object.assign(byId("score-pace"), { value: "none", disabled: true });
   }
-  setRunning();
   await box.load();
+  prepared = true;
+  setRunning();
 }
 
 async function changePlanners(count) {

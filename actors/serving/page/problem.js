@@ -33,9 +33,11 @@ export function createProblemBox(info, onChange, onError) {
       if (!isAbort(error)) onError(error);
       return;
     }
-    prompt.value = loaded.prompt;
+    // Whoever was faster than the first problem keeps their own words.
+    const typed = current === undefined && prompt.value.trim() !== "";
+    if (!typed) prompt.value = loaded.prompt;
     store({ task: task.value, index: loaded.index });
-    tell(loaded);
+    tell(typed ? null : loaded);
   };
 
   const go = (to) => {
@@ -43,7 +45,7 @@ export function createProblemBox(info, onChange, onError) {
     return load();
   };
 
-  prompt.addEventListener("input", () => tell(loaded && prompt.value.trim() === loaded.prompt.trim() ? loaded : null));
+  prompt.addEventListener("input", () => loaded && tell(prompt.value.trim() === loaded.prompt.trim() ? loaded : null));
   task.addEventListener("change", load);
   index.addEventListener("change", () => go(indexOf(index)));
   byId("next-problem").addEventListener("click", () => go(loaded ? indexOf(index) + 1 : indexOf(index)));

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.serving.page.page_server import serve_page
-from tests.serving.page.visiting import SLOW, bodies, over, race, ready
+from tests.serving.page.visiting import SLOW, bodies, eventually, over, race, ready
 
 pytestmark = pytest.mark.browser
 
@@ -135,6 +135,23 @@ def test_a_server_that_starts_later_is_found(served, visit):
     page.get_by_text("the generator is not ready").wait_for()
     ready(page)
     assert page.locator("#errors").is_hidden() and len(asked) == 3
+
+
+@pytest.mark.parametrize("typed", ["", "0 1 | / 0 1 ="])
+def test_nothing_can_be_raced_before_there_is_a_prompt(served, visit, typed):
+    held = []
+    page = visit(
+        served.url, before=lambda page: page.route("**/v1/crsm/problems/**", lambda route: held.append(route), times=1)
+    )
+    page.locator("#task:enabled").wait_for()
+    with eventually() as wait:
+        wait(lambda: page.wait_for_timeout(20) or held)
+    assert page.locator("#start").is_disabled()
+    page.locator("#prompt").fill(typed)
+    held[0].continue_()
+    page.locator("#start:enabled").wait_for()
+    assert page.locator("#prompt").input_value() == (typed or served.get("/v1/crsm/problems/path_star")["prompt"])
+    assert page.locator("#graph-panel").is_visible() is (typed == "")
 
 
 def test_a_long_answer_is_shown_whole(served, visit):
