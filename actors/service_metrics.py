@@ -23,6 +23,8 @@ Kind = Literal["counter", "gauge", "histogram"]
 
 SHORT = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
 LONG = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0]
+OBSERVATION_INTERVAL = 0.02
+"""Seconds between two times between tokens that are handed on: each costs more than what it is about."""
 HITS = ("on_time", "late", "shut", "superseded")
 
 
@@ -38,7 +40,9 @@ METRICS: dict[str, Metric] = {
     "crsm_requests": Metric("counter", "Requests answered.", ("path", "status")),
     "crsm_request_seconds": Metric("histogram", "From a request to the end of its answer.", ("path",), LONG),
     "crsm_first_token_seconds": Metric("histogram", "From a request to the first token of a choice.", (), SHORT),
-    "crsm_inter_token_seconds": Metric("histogram", "Between two tokens of a choice in its stream.", (), SHORT),
+    "crsm_inter_token_seconds": Metric(
+        "histogram", "Between two tokens of a choice in its stream; a sample.", (), SHORT
+    ),
     "crsm_tokens": Metric("counter", "Tokens handed out."),
     "crsm_generations_running": Metric("gauge", "Generations that have said a token."),
     "crsm_generations_waiting": Metric("gauge", "Generations that have not said a token yet."),
@@ -84,9 +88,10 @@ class Counts:
 class ServiceTelemetry:
     """Takes note of what the front does (:class:`actors.serving.telemetry.Telemetry`)."""
 
-    def __init__(self, counts: Counts) -> None:
-        self._counts = counts
+    def __init__(self, counts: Counts, clock: Callable[[], float] = time.monotonic) -> None:
+        self._counts, self._clock = counts, clock
         self._tokens = 0
+        self._observe_at = clock()
         self._generations = (0, 0)
 
     def request(self, path: str, status: int, seconds: float) -> None:
@@ -98,8 +103,9 @@ class ServiceTelemetry:
 
     def tokens(self, count: int, seconds: float | None) -> None:
         self._tokens += count
-        if seconds is not None:
+        if seconds is not None and (now := self._clock()) >= self._observe_at:
             self._counts.observe("crsm_inter_token_seconds", seconds)
+            self._observe_at = now + OBSERVATION_INTERVAL
 
     def generations(self, running: int, waiting: int) -> None:
         self._generations = (running, waiting)

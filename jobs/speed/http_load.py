@@ -164,10 +164,12 @@ class Client:
         """All at once."""
         return list(await asyncio.gather(*map(self.ask, asked)))
 
-    async def by_turns(self, asked: Sequence[Asked], rounds: int) -> list[Answer]:
-        """Each again and again, one after the other: as many at a time as there are."""
+    async def by_turns(self, asked: Sequence[Asked], rounds: int, spread: float = 0.0) -> list[Answer]:
+        """Each again and again, one after the other: as many at a time as there are. They begin at times of their own,
+        within ``spread`` seconds."""
 
         async def one(mine: Asked) -> list[Answer]:
+            await asyncio.sleep(random.uniform(0.0, spread))
             return [await self.ask(mine) for _ in range(rounds)]
 
         return [answer for answers in await asyncio.gather(*map(one, asked)) for answer in answers]

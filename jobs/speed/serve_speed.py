@@ -208,7 +208,7 @@ class Bench:
     def first_tokens(self) -> list[Row]:
         sizes = self._sizes
         asked = [Asked(prompt, sizes.answer) for prompt in self._prompts]
-        answers = asyncio.run(self.client.by_turns(asked, sizes.rounds))
+        answers = asyncio.run(self.client.by_turns(asked, sizes.rounds, spread=1.0))
         times = _milliseconds(answer.first_token for answer in answers if answer.first)
         faults = self._check(answers, [mine for mine in asked for _ in range(sizes.rounds)])
         rows = [

@@ -83,11 +83,12 @@ def test_what_is_handed_on_adds_up_to_the_generators_own_counters_over_a_restart
 
 
 def test_tokens_are_summed_up_and_handed_on_together() -> None:
-    noted = Noted()
-    telemetry = ServiceTelemetry(noted)  # type: ignore[arg-type]
+    noted, now = Noted(), [0.0]
+    telemetry = ServiceTelemetry(noted, clock=lambda: now[0])  # type: ignore[arg-type]
     telemetry.first_token(0.05)
     telemetry.tokens(3, None)
-    telemetry.tokens(5, 0.02)
+    telemetry.tokens(4, 0.02)
+    telemetry.tokens(1, 0.03)  # at the same time: times are sampled, tokens are not
     telemetry.generations(2, 1)
     telemetry.request("/v1/completions", 200, 1.5)
     assert ("crsm_tokens",) not in noted.sums
