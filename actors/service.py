@@ -35,7 +35,7 @@ from actors.serving.app import build_app
 from actors.serving.served_model import chat_template_of, served_model
 from actors.state_vault import VISIT_INTERVAL, open_vault
 from crsm.config import PlannersConfig
-from crsm.model import Checkpoint, load_checkpoint
+from crsm.model import Checkpoint, load_checkpoint, use_settings
 from crsm.overrides import merge_settings
 
 logger = logging.getLogger(__name__)
@@ -174,9 +174,8 @@ def open_checkpoint(args: ServiceArgs) -> Checkpoint:
     """
     checkpoint = load_checkpoint(args.checkpoint)
     planners = [] if args.planners is None else [f"planners.count={args.planners}"]
-    checkpoint.model.config = merge_settings(
-        checkpoint.config, args.config, [*args.set, *planners, "engine.clock=wall"]
-    )
+    overrides = [*args.set, *planners, "engine.clock=wall"]
+    use_settings(checkpoint, merge_settings(checkpoint.config, args.config, overrides))
     return checkpoint
 
 

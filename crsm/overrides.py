@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from crsm.config import Config, apply_override, load_config, parse_config
 
-_WORLD_MODEL_KIND = ("model", "world_model", "kind")
-"""The one setting of ``model`` that fixes no shape: which world model plans."""
+_SHAPELESS = (("model", "world_model", "kind"), ("model", "critic", "uncertainty_penalty"))
+"""The settings of ``model`` that fix no shape: which world model plans, and how far it is trusted."""
 
 
 def merge_settings(
-    saved: Config, config: str | Path | None = None, overrides: Iterable[str] | None = None, seed: int | None = None
+    saved: Config,
+    config: str | Path | Mapping[str, Any] | None = None,
+    overrides: Iterable[str] | None = None,
+    seed: int | None = None,
 ) -> Config:
     """Settings of a checkpoint with changes on top.
 
     Args:
         saved: the checkpoint's.
-        config: a YAML file; what it states replaces what the checkpoint says, the rest stays.
+        config: a YAML file, or what one holds; what it states replaces what the checkpoint says, the rest stays.
         overrides: ``section.key=value``, the later ones winning.
         seed: the last word on ``seed``.
 
@@ -29,8 +32,9 @@ def merge_settings(
     tree = saved.model_dump(mode="json")
     source = "checkpoint"
     if config is not None:
-        _merge(tree, load_config(config).model_dump(mode="json", exclude_unset=True))
-        source = str(config)
+        source = "settings" if isinstance(config, Mapping) else str(config)
+        stated = parse_config(dict(config), source) if isinstance(config, Mapping) else load_config(config)
+        _merge(tree, stated.model_dump(mode="json", exclude_unset=True))
     changes = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
     for change in changes:
         apply_override(tree, change)
@@ -52,5 +56,5 @@ def _check_unchanged(saved: Any, asked: Any, path: tuple[str, ...]) -> None:
     if isinstance(saved, dict):
         for key in saved:
             _check_unchanged(saved[key], asked[key], (*path, key))
-    elif saved != asked and path != _WORLD_MODEL_KIND and not (path[-1] == "vocab_size" and asked == 0):
+    elif saved != asked and path not in _SHAPELESS and not (path[-1] == "vocab_size" and asked == 0):
         raise ValueError(f"{'.'.join(path)} = {asked!r}; allowed: {saved!r}, for which the checkpoint was made")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import enum
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,19 +35,22 @@ class PlannerKind(str, enum.Enum):
 
 
 def load_with_settings(
-    name: str | Path, config: str | Path | None = None, overrides: Iterable[str] | None = None, seed: int | None = None
+    name: str | Path,
+    config: str | Path | Mapping[str, Any] | None = None,
+    overrides: Iterable[str] | None = None,
+    seed: int | None = None,
 ) -> Checkpoint:
     """A checkpoint whose settings are its own, those that ``config`` states, ``overrides`` and ``seed`` on top.
 
     Raises:
         ValueError: as :func:`crsm.model.load_checkpoint` and :func:`crsm.overrides.merge_settings`.
     """
-    from crsm.model import load_checkpoint
+    from crsm.model import load_checkpoint, use_settings
     from jobs.command import commit
 
     commit()  # of the code that starts; it may be another by the time the result is written
     checkpoint = load_checkpoint(name)
-    checkpoint.model.config = merge_settings(checkpoint.config, config, overrides, seed)
+    use_settings(checkpoint, merge_settings(checkpoint.config, config, overrides, seed))
     return checkpoint
 
 
