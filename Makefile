@@ -4,6 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Empty on the nodes of a cluster and in images: an editable install would win over the code that a job brings along.
+EDITABLE ?= -e
 # -qq: errors only. It is left to pip's own settings where packages come from.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
@@ -35,11 +37,11 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE_SOURCES)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install $$(grep '^torch==' constraints.txt)
 	@if command -v $${CXX:-c++} g++ clang++ >/dev/null 2>&1; then \
-		$(PIP) install -c constraints.txt -e '.[dev]'; \
+		$(PIP) install -c constraints.txt $(EDITABLE) '.[dev]'; \
 	else \
 		echo "note: no C++ compiler, so no native core: everything runs, more slowly." ; \
 		echo "      Install one (Debian, Ubuntu: apt-get install g++) and run 'rm $(STAMP); make setup'." ; \
-		$(PIP) install -c constraints.txt -C wheel.cmake=false -e '.[dev]'; \
+		$(PIP) install -c constraints.txt -C wheel.cmake=false $(EDITABLE) '.[dev]'; \
 	fi
 	@touch $@
 
@@ -56,7 +58,8 @@ test-slow: setup ## the slow tests
 test-gpu: setup ## the tests that need a CUDA device
 	$(ALONE) -m "gpu"
 
-test-browser: setup ## the tests that need a headless browser
+test-browser: setup ## the tests of the page, in a headless Chromium (Debian: apt-get install chromium)
+	@$(PIP) install -c constraints.txt playwright
 	$(ALONE) -m "browser"
 
 # The sanitizers' runtimes must be there before Python is; with libstdc++, whose exceptions they watch.

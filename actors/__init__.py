@@ -2,6 +2,8 @@
 
 ===================  ====================================================================================
 ``cluster``          connects to a Ray cluster or starts a local one
+``reachability``     why there is no cluster at an address, in a moment
+``job_environment``  what a submitted job can know of itself: no Ray
 ``weights``          a checkpoint as a message
 ``scheduling``       who gets a batch, what is shed, what a failure means: pure, no Ray
 ``planner``          the actor that deliberates

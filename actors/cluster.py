@@ -6,7 +6,9 @@ Invariants:
 * an address, given or in ``RAY_ADDRESS``, is connected to, and only disconnected from;
 * only a local cluster that was started here is shut down here;
 * a worker imports the ``crsm`` and ``actors`` that its driver imports: a local cluster inherits the path of a source
-  tree, a remote one gets the packages of a source tree uploaded; installed packages are left to the cluster's nodes.
+  tree, a remote one gets the packages of a source tree uploaded; installed packages are left to the cluster's nodes,
+  and a submitted job brings its working directory along;
+* an address where no cluster answers, or one that refuses the token, is one line at once.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import Any
 
 import ray
 
+from actors.job_environment import check_imported_code, working_directory
+from actors.reachability import check_address
 from crsm.config import core_count
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +48,9 @@ def start_ray(
         num_cpus: logical CPUs of a local cluster; None: the cores of this machine, at least ``MIN_CPUS``.
         object_store_memory: bytes of a local cluster's object store; None: as much as Ray likes.
         system_config: Ray's internal settings of a local cluster, for tests.
+
+    Raises:
+        ValueError: no cluster at the address, it refuses the token, or a node has other code than the submitted job.
     """
     if ray.is_initialized():
         yield
@@ -51,7 +58,13 @@ def start_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
-        ray.init(address=address, runtime_env=upload_env(), logging_level=logging.WARNING)
+        check_address(address)
+        ray.init(
+            address=address,
+            runtime_env=upload_env(),
+            logging_level=logging.WARNING,
+            log_to_driver=bool(os.environ.get("CRSM_DEBUG")),
+        )
     else:
         with _inherited_path():
             ray.init(
@@ -70,8 +83,10 @@ def start_ray(
 
 
 def upload_env() -> dict[str, Any]:
-    """The runtime environment that brings the packages to a cluster's workers; empty if they are installed."""
-    if is_installed():
+    """The runtime environment that brings the packages to a cluster's workers; empty if they have them already."""
+    working = working_directory()
+    check_imported_code(ROOT, working, PACKAGES)
+    if working is not None or is_installed():
         return {}
     return {"py_modules": [str(ROOT / name) for name in PACKAGES if (ROOT / name).is_dir()]}
 

@@ -31,7 +31,7 @@ from crsm.latent_dynamics import WorldModel
 from crsm.metrics import PlanMetrics
 from crsm.model import Checkpoint
 from crsm.pace import time_of
-from crsm.plan_events import EventKind, PlanEvent
+from crsm.plan_events import PlanEvents
 from crsm.planners import NOTHING, Arrivals, Planners
 from crsm.slots import Slots
 from crsm.types import Channel, Injection, Plan, PlanRequest, Reason
@@ -47,6 +47,9 @@ PROBE_SECONDS = 0.25
 
 QUIET_STEPS = 16
 """While nothing is asked for, planners are looked at so often: for their room."""
+
+STALE_SECONDS = 0.01
+"""What planners said longer ago than this is looked up again before they are asked: steps may be far apart."""
 
 
 class _Asked(NamedTuple):
@@ -108,10 +111,11 @@ class Deliberation:
         self._expected_gate = ExpectedGate()
         self._unpolled = 0
         """Steps since planners were last looked at."""
+        self._looked_at = -math.inf
+        """When that was; wall clock."""
         self._asked_at = -math.inf
         """When planners were last asked for a plan that could be in time, or to see whether one could."""
-        self._events: list[PlanEvent] = []
-        """Of the generations that are watched."""
+        self.events = PlanEvents(clock)
         self._ids_from = self._newest_id = next(_REQUEST_IDS)
         self.renew(checkpoint)
 
@@ -142,6 +146,8 @@ class Deliberation:
         due = [generation for generation in due if wants_plan(generation)] if due else due
         if not due:
             return
+        if not self._virtual and self._clock() - self._looked_at > STALE_SECONDS:
+            self._look(self._planners)
         room = self._planners.room()
         probing = False
         if room is not None:
@@ -243,8 +249,7 @@ class Deliberation:
                     generation.id, request.request_id, request.position, request.target, request.model_version
                 )
             )
-        if generation.request.watch:
-            self._tell(generation, "request", request.request_id, request.position, request.target)
+        self.events.tell(generation, "request", request.request_id, request.position, request.target)
 
     def _times(
         self, generation: Generation, began: float, seconds_per_token: float | None
@@ -299,7 +304,7 @@ class Deliberation:
         for generation in due:
             if generation.request.watch and generation not in kept:
                 target = generation.position + generation.request.deliberation.lag
-                self._tell(generation, "reject", -1, generation.position, target, Reason.DECLINED)
+                self.events.tell(generation, "reject", -1, generation.position, target, Reason.DECLINED)
 
     def _worthiest(self, due: list[Generation], room: int, slots: Slots) -> list[Generation]:
         """Those for which there is room; the others are counted as declined."""
@@ -333,18 +338,21 @@ class Deliberation:
             return
         if not self._virtual:
             self._unpolled += 1
-            if not self._open and self._unpolled < QUIET_STEPS:
-                return
-            self._unpolled = 0
-            arrivals = self._planners.poll()
-            if arrivals is not NOTHING:
-                self._accept(arrivals)
+            if self._open or self._unpolled >= QUIET_STEPS:
+                self._look(self._planners)
             return
         if self._open or self._early:
             self._wait_until(
                 {generation.id: generation.position for generation in generations},
                 {request for generation in generations for request in generation.open_requests},
             )
+
+    def _look(self, planners: Planners) -> None:
+        """Takes in what has come, without waiting."""
+        self._unpolled, self._looked_at = 0, self._clock()
+        arrivals = planners.poll()
+        if arrivals is not NOTHING:
+            self._accept(arrivals)
 
     def await_plans(self, generation: Generation, position: int) -> None:
         """Virtual clock: has the plans of one generation for targets up to ``position`` in the buffer."""
@@ -393,8 +401,7 @@ class Deliberation:
             elif plan.model_version != self._checkpoint.model_version:
                 self._fault(plan, Fault.VERSION)
             else:
-                if asked.generation.request.watch:
-                    self._tell(asked.generation, "plan", plan.request_id, asked.position, plan.target, plan=plan)
+                self.events.tell(asked.generation, "plan", plan.request_id, asked.position, plan.target, plan=plan)
                 confidence = plan.confidence_L.tolist()
                 self._expected_gate.observe(plan.generation_id, sum(confidence) / len(confidence))
                 if self._virtual:
@@ -428,10 +435,9 @@ class Deliberation:
         if due.plan is None:
             return None
         injection = as_injection(due.plan, generation.position, settings)
-        if generation.request.watch:
-            reason = Reason.LATE if generation.position > due.plan.target else Reason.ON_TIME
-            plan = due.plan
-            self._tell(generation, "inject", plan.request_id, plan.position, plan.target, reason, plan, injection)
+        plan, late = due.plan, generation.position > due.plan.target
+        reason = Reason.LATE if late else Reason.ON_TIME
+        self.events.tell(generation, "inject", plan.request_id, plan.position, plan.target, reason, plan, injection)
         # A rate of 0, a late plan on the policy channel, a channel that is off: nothing would be applied.
         return injection if any(injection.alpha_L) or injection.policy_weight > 0 else None
 
@@ -466,37 +472,6 @@ class Deliberation:
             self._settle(request_id, Reason.ENDED)
         self._expected_gate.end(generation.id)
 
-    def take_events(self) -> list[PlanEvent]:
-        """What happened to the plans of watched generations since the last time."""
-        events, self._events = self._events, []
-        return events
-
-    def _tell(
-        self,
-        generation: Generation,
-        kind: EventKind,
-        request_id: int,
-        asked_at: int,
-        target: int,
-        reason: Reason | None = None,
-        plan: Plan | None = None,
-        injection: Injection | None = None,
-    ) -> None:
-        self._events.append(
-            PlanEvent(
-                generation.id,
-                kind,
-                self._clock() - generation.accepted_at,
-                request_id,
-                generation.position,
-                target,
-                target - asked_at,
-                reason,
-                plan,
-                injection,
-            )
-        )
-
     def _refuse(self, request_id: int, reason: Reason) -> None:
         """Settles a request of which nothing will be used, not even plans that are waiting already."""
         asked = self._open.get(request_id)
@@ -514,8 +489,8 @@ class Deliberation:
         self._metrics.outcomes[reason] += 1
         if self._log and reason not in (Reason.ON_TIME, Reason.LATE):
             self._log.write(reject_event(asked.generation.id, request_id, asked.target, reason))
-        if asked.generation.request.watch and reason not in (Reason.ON_TIME, Reason.LATE):
-            self._tell(asked.generation, "reject", request_id, asked.position, asked.target, reason)
+        if reason not in (Reason.ON_TIME, Reason.LATE):
+            self.events.tell(asked.generation, "reject", request_id, asked.position, asked.target, reason)
 
 
 def wants_plan(generation: Generation) -> bool:

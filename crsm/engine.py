@@ -33,7 +33,7 @@ from crsm.config import EngineConfig
 from crsm.decoding import select_decoder
 from crsm.deliberation import Deliberation
 from crsm.event_log import EventLog, inject_event, start_event, token_event
-from crsm.generation import TOKENS_KEPT, Generation, GenerationRequest
+from crsm.generation import Generation, GenerationRequest
 from crsm.latent_dynamics import WorldModel
 from crsm.metrics import PlanMetrics
 from crsm.model import Checkpoint
@@ -43,9 +43,10 @@ from crsm.plan_events import PlanEvent
 from crsm.planners import Planners
 from crsm.prompts import Prompt, choose_prompts, consume_chunks
 from crsm.sampling import choose_token, mix_policy
-from crsm.saved_generation import SavedGeneration, check_saved, pack, restore_random, state_without_write, unpack
+from crsm.saved_generation import SavedGeneration, unpack
 from crsm.slots import make_slots
 from crsm.steering import NEVER, Steering
+from crsm.turns import check_request, first_turn, next_turn, put_aside
 from crsm.types import Injection, ModelState, Token
 
 _FIRST_SLOTS = 8
@@ -139,7 +140,10 @@ class Engine:
                 that is in use, a saved generation of other weights.
             QueueFull: as many wait as the settings allow.
         """
-        self._check(request)
+        goes_on = request.generation_id in self._parking
+        check_request(request, self.checkpoint, goes_on=goes_on)
+        if not goes_on and request.generation_id in self._generations:
+            raise ValueError(f"generation_id = {request.generation_id!r} is in use; allowed: a fresh one")
         if len(self._waiting) >= self.config.max_waiting:
             raise QueueFull(
                 f"{len(self._waiting)} generations wait; allowed: engine.max_waiting = {self.config.max_waiting}"
@@ -147,11 +151,11 @@ class Engine:
         request = replace(request, pace=request.pace if request.pace is not None else self.config.pace)
         parked = self._parking.take(request.generation_id)
         if parked is not None:
-            prompt = self._next_turn(parked.generation, request, parked.saved)
+            prompt = next_turn(parked.generation, request, parked.saved, self._deliberation)
         else:
             request = replace(request, generation_id=request.generation_id or uuid.uuid4().hex)
             random = np.random.default_rng(request.sampling.seed)
-            prompt = self._first_turn(Generation(request.generation_id, request, random), request)
+            prompt = first_turn(Generation(request.generation_id, request, random), self._deliberation)
         generation = prompt.generation
         generation.said_at = generation.accepted_at = self._clock()
         generation.forced = list(reversed(request.forced))
@@ -242,7 +246,7 @@ class Engine:
 
     def take_events(self) -> list[PlanEvent]:
         """What happened to the plans of watched generations since the last time, in order."""
-        return self._deliberation.take_events()
+        return self._deliberation.events.take()
 
     def take_kept(self) -> list[SavedGeneration]:
         """States of turns that ended, and of prompts that were read, since the last time."""
@@ -365,7 +369,7 @@ class Engine:
         said, ended = self._say(speakers, logits_BV.log_softmax(dim=-1), injections)
         for generation in ended:
             if generation.request.park or generation.request.keep:
-                self._put_aside(generation, *self._slots.save(generation.slot))
+                self._end_turn(generation, *self._slots.save(generation.slot))
             self._leave(generation)
         return said
 
@@ -401,7 +405,7 @@ class Engine:
                 elif generation not in ended:
                     self._join(generation, state, hidden_1LD)
                 elif generation.request.park or generation.request.keep:
-                    self._put_aside(generation, state, hidden_1LD, None)
+                    self._end_turn(generation, state, hidden_1LD, None)
         return said
 
     def _say(
@@ -505,59 +509,13 @@ class Engine:
 
     # ---------------------------------------------------------------- turns, and states that are put aside
 
-    def _first_turn(self, generation: Generation, request: GenerationRequest) -> Prompt:
-        saved = request.start
-        if saved is None and request.read_only:
-            return self._leave_the_last(generation, request.prompt, 0, None)
-        if saved is None:
-            generation.first = len(request.prompt)
-            return Prompt(generation, request.prompt)
-        if request.prompt:
-            prompt = self._next_turn(generation, request, saved)
-        else:
-            if not request.reseed:
-                generation.rng = restore_random(saved.random_state)
-            generation.tokens, generation.generated = list(saved.tokens), saved.generated
-            generation.first = saved.position + 1 - len(saved.tokens)
-            generation.plans_asked, generation.ask_at = saved.plans_asked, saved.generated + 1
-            prompt = Prompt(generation, ())
-        self._deliberation.adopt(generation, saved.plans)
-        return prompt
-
-    def _next_turn(self, generation: Generation, request: GenerationRequest, saved: SavedGeneration) -> Prompt:
-        """A prompt that goes on from a saved state: the last token said, then what is new.
-
-        If a plan was foreseen for the end of this prompt, the last token of the prompt is left to be consumed by a
-        step, right before which the plan is written.
-        """
-        generation.request = request
-        generation.rng = np.random.default_rng(request.sampling.seed)
-        generation.generated, generation.plans_asked, generation.ask_at = 0, 0, 1
-        generation.first, generation.tokens = saved.position + 1 + len(request.prompt), []
-        consumed = (saved.tokens[-1], *request.prompt)
-        last = saved.position + len(request.prompt)
-        if generation.open_requests:
-            self._deliberation.await_plans(generation, last)
-        foreseen = (*saved.plans, *self._deliberation.waiting(generation))
-        if request.read_only or any(plan.target == last for plan in foreseen):
-            return self._leave_the_last(generation, consumed, saved.position, state_without_write(saved))
-        return Prompt(generation, consumed, state_without_write(saved))
-
-    def _leave_the_last(
-        self, generation: Generation, tokens: tuple[int, ...], first: int, state: ModelState | None
-    ) -> Prompt:
-        """A prompt whose last token is left to be consumed by a step; ``first``: position of its first."""
-        kept = tokens[-TOKENS_KEPT:]
-        generation.first, generation.tokens = first + len(tokens) - len(kept), list(kept)
-        return Prompt(generation, tokens[:-1], state)
-
     def _nothing_read(self) -> tuple[ModelState, Tensor]:
         sizes = self._model.config.model.backbone
         return self._model.backbone.initial_state(1), torch.zeros(1, sizes.n_layer, sizes.d_model)
 
     def _finish_reading(self, generation: Generation, state: ModelState, hidden_1LD: Tensor) -> Token:
         """Hands out the state after a prompt that was only to be read, its last token left to be consumed."""
-        self._kept.append(replace(self._saved(generation, state, hidden_1LD, None), finished=False))
+        self._kept.append(self._saved(generation, state, hidden_1LD, None))
         self._end(generation)
         return Token(generation.id, generation.position, -1, 0.0, True, "read")
 
@@ -574,7 +532,7 @@ class Engine:
             generation.tick = first_beat(self._clock() - self._began, generation.request.pace)
         self._active.append(generation)
 
-    def _put_aside(
+    def _end_turn(
         self, generation: Generation, state: ModelState, hidden_1LD: Tensor, steering: Steering | None
     ) -> None:
         """The state of a turn that is over: handed out, or kept until the next turn or until there are too many."""
@@ -588,40 +546,4 @@ class Engine:
     def _saved(
         self, generation: Generation, state: ModelState, hidden_1LD: Tensor, steering: Steering | None
     ) -> SavedGeneration:
-        request, checkpoint = generation.request, self.checkpoint
-        return SavedGeneration(
-            generation_id=generation.id,
-            model_version=checkpoint.model_version,
-            weights_hash=checkpoint.weights_hash,
-            position=generation.position,
-            tokens=tuple(generation.tokens),
-            generated=generation.generated,
-            finished=generation.finish_reason() is not None,
-            sampling=request.sampling,
-            deliberation=request.deliberation,
-            simulations=request.simulations,
-            pace=request.pace,
-            plans_asked=generation.plans_asked,
-            random_state=dict(generation.rng.bit_generator.state),
-            plans=self._deliberation.waiting(generation),
-            **pack(state, hidden_1LD, steering),
-        )
-
-    def _check(self, request: GenerationRequest) -> None:
-        vocab, saved = self._model.config.model.backbone.vocab_size, request.start
-        goes_on = request.generation_id in self._parking
-        if not request.prompt and (saved is None or saved.finished):
-            raise ValueError("prompt is empty; allowed: at least one token")
-        for name, tokens in (("prompt", request.prompt), ("forced", request.forced)):
-            if bad := [token for token in tokens if not 0 <= token < vocab]:
-                raise ValueError(f"{name} holds token {bad[0]}; allowed: 0 to {vocab - 1}")
-        if request.pace is not None and not request.pace > 0:
-            raise ValueError(f"pace = {request.pace}; allowed: above 0, or None")
-        if saved is not None and goes_on:
-            raise ValueError(
-                f"generation_id = {request.generation_id!r} is parked and start is set; allowed: one of them"
-            )
-        if not goes_on and request.generation_id in self._generations:
-            raise ValueError(f"generation_id = {request.generation_id!r} is in use; allowed: a fresh one")
-        if saved is not None:
-            check_saved(saved, self.checkpoint)
+        return put_aside(generation, self.checkpoint, self._deliberation, state, hidden_1LD, steering)

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
+from actors.job_environment import code_version
 from crsm import __version__
 
 if TYPE_CHECKING:
@@ -260,7 +261,9 @@ def _umask() -> int:
 
 @functools.cache
 def commit() -> str:
-    """Commit of the running code (``-dirty`` if tracked files are changed); the version where it is no checkout."""
+    """Commit of the running code (``-dirty`` if tracked files are changed); where it is no checkout, the version, with
+    what a submitted job knows of its code.
+    """
     git = ["git", "-C", str(ROOT)]
     try:
         top, head = _output([*git, "rev-parse", "--show-toplevel", "HEAD"]).split()
@@ -268,7 +271,8 @@ def commit() -> str:
             return __version__
         return head + ("-dirty" if _output([*git, "status", "--porcelain", "--untracked-files=no"]).strip() else "")
     except (OSError, ValueError, subprocess.SubprocessError):
-        return __version__
+        submitted = code_version()
+        return __version__ if submitted is None else f"{__version__} ({submitted})"
 
 
 def _output(command: list[str]) -> str:

@@ -8,6 +8,9 @@ A *run* is a folder, ``<storage>/<name>``; a stage's part of it is ``<storage>/<
     progress.jsonl       what the worker said, for whoever watches
     ../tensorboard/<stage>/
 
+In a job that was submitted with a working directory, which Ray deletes when the job has ended, a relative storage lies
+below the folder that ``CRSM_STORAGE`` names, and is refused where that is not set.
+
 The same storage and name go on where they stopped: a finished stage gives its result at once, a stopped one resumes
 from its last state, and one that was made with other settings is refused; ``--fresh`` puts what is there of a stage
 aside first. The storage must be a folder that every node sees.
@@ -17,12 +20,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from actors.job_environment import working_directory
 
 if TYPE_CHECKING:
     from crsm.config import Config
@@ -47,6 +54,9 @@ FreshOption = Annotated[
         "--fresh/--resume", help="Put aside what this run has of the stage and start anew, or go on where it stopped."
     ),
 ]
+
+STORAGE_VARIABLE = "CRSM_STORAGE"
+"""The folder below which runs of submitted jobs lie."""
 
 PROGRESS_FILE = "progress.jsonl"
 
@@ -93,7 +103,30 @@ def run_folder(storage: str | Path, name: str) -> Path:
         raise ValueError(f"name = {name!r}; allowed: the name of one folder")
     if "://" in str(storage):
         raise ValueError(f"storage = {str(storage)!r}; allowed: a folder that every node sees")
-    return Path(storage).expanduser().resolve() / name
+    path = Path(storage).expanduser()
+    if not path.is_absolute() and working_directory() is not None:
+        place = os.environ.get(STORAGE_VARIABLE)
+        if not place:
+            raise ValueError(
+                f"storage = {str(storage)!r} in the working directory of a submitted job, which is deleted with it; "
+                f"allowed: an absolute path, or {STORAGE_VARIABLE} in the runtime environment"
+            )
+        path = Path(place).expanduser() / path
+    return path.resolve() / name
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder and writes into it, now and not after an hour.
+
+    Raises:
+        OSError: naming the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"the storage cannot be written: {error.strerror}", str(folder)) from error
 
 
 def locate(settings: Config, storage: Path | None, name: str | None) -> tuple[Path, str]:

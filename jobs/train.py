@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from jobs import train_worker
 from jobs.command import Progress, commit, write_atomically
-from jobs.runs import PROGRESS_FILE, STAGES, Outcome, Work, fingerprint, read_report, resolve, run_folder
+from jobs.runs import (
+    PROGRESS_FILE,
+    STAGES,
+    Outcome,
+    Work,
+    check_writable,
+    fingerprint,
+    read_report,
+    resolve,
+    run_folder,
+)
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
@@ -72,7 +82,7 @@ def train_stage(
         fingerprint=fingerprint(stage, config, source, rollouts),
         commit=commit(),
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
     begun = folder / "run.json"
     if begun.is_file():
         from crsm.training.loop import check_fingerprint
@@ -116,7 +126,7 @@ def require_resources(need: Mapping[str, float], what: str) -> None:
     """Finds out now, and not by waiting for ever, whether the cluster has what is needed, used or not.
 
     Without a Ray session it is the local cluster to come that is looked at; a cluster behind ``RAY_ADDRESS`` can only
-    be asked once it is connected to.
+    be asked once it is connected to. Of a cluster that grows it counts what it can grow to.
 
     Raises:
         ValueError: it has less; what is asked and what is there are named.
@@ -127,7 +137,11 @@ def require_resources(need: Mapping[str, float], what: str) -> None:
     from crsm.config import core_count
 
     if ray.is_initialized():
+        from ray._private.state import state
+
         there = dict(ray.cluster_resources())
+        for resource, most in (state.get_max_resources_from_cluster_config() or {}).items():
+            there[resource] = max(there.get(resource, 0.0), float(most))
     elif os.environ.get("RAY_ADDRESS", "local") == "local":
         import torch
 

@@ -19,10 +19,12 @@ from crsm.config import (
 )
 from crsm.types import Channel
 
+OTHER_KINDS = {"ablation", "tuning", "env_vars", "excludes", "working_dir"}
+"""Keys of files that are no settings of a run: sweeps, and the environment of submitted jobs."""
 CONFIGS = [
     path
     for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
-    if not {"ablation", "tuning"} & set(read_tree(path))  # other kinds of files: tests/jobs
+    if not OTHER_KINDS & set(read_tree(path))
 ]
 
 

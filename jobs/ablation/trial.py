@@ -18,12 +18,11 @@ from crsm.config import Config
 from crsm.evaluation.comparison import identical, run_system
 from crsm.evaluation.compute import Costs, costs
 from crsm.evaluation.solving import Run
-from crsm.model import Checkpoint
+from crsm.model import Checkpoint, use_settings
 from crsm.tasks import Problem, Task, build_task
 from crsm.tasks.base import problems as draw_problems
 from crsm.types import Reason
 from jobs.ablation.space import Point, apply_point
-from jobs.checkpoints import use_settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,18 @@ def test_a_source_tree_is_uploaded_and_an_installed_package_is_not(monkeypatch: 
     assert upload_env() == {}
 
 
+def test_a_submitted_job_has_its_code_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    working = tmp_path / "working_dir_files" / "_ray_pkg_01"
+    working.mkdir(parents=True)
+    monkeypatch.chdir(working)
+    monkeypatch.setattr(actors.cluster, "is_installed", lambda: False)
+    assert upload_env() == {}
+    (working / "jobs").mkdir()
+    (working / "jobs" / "pipeline.py").write_text("raise SystemExit\n")
+    with pytest.raises(ValueError, match=r"jobs/pipeline\.py is imported here and not the job's own"):
+        upload_env()
+
+
 @pytest.mark.ray
 def test_a_local_ray_is_started_left_alone_inside_and_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ray.is_initialized()

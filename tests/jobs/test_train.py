@@ -105,6 +105,43 @@ def test_a_cluster_that_is_too_small_says_so_at_once(tmp_path, monkeypatch, chan
         train.train_stage("stage_1", load_config(None, changes), None, tmp_path, "run")
 
 
+def test_a_cluster_that_grows_counts_as_large_as_it_can_become(monkeypatch):
+    import ray
+    from ray._private.state import state
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 1, "GPU": 4})
+    train.require_resources({"CPU": 2, "GPU": 4}, "it")
+    with pytest.raises(ValueError, match="it asks 5 GPU; the cluster has 4"):
+        train.require_resources({"GPU": 5}, "it")
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: None)
+    with pytest.raises(ValueError, match="it asks 1 GPU; the cluster has 0"):
+        train.require_resources({"GPU": 1}, "it")
+
+
+@pytest.mark.parametrize("storage", ["/proc/runs", "{}/file/runs"])
+def test_a_storage_that_cannot_be_written_is_named_at_once(storage, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="the storage cannot be written") as raised:
+        train.train_stage("stage_1", Config(), None, storage.format(tmp_path), "run")
+    assert "runs/run/stage_1" in raised.value.filename
+
+
+def test_a_submitted_job_keeps_nothing_in_its_working_directory(tmp_path, monkeypatch):
+    working = tmp_path / "working_dir_files" / "_ray_pkg_01"
+    working.mkdir(parents=True)
+    monkeypatch.chdir(working)
+    monkeypatch.delenv("CRSM_STORAGE", raising=False)
+    with pytest.raises(ValueError, match=r"storage = 'runs' in the working directory of a submitted job.*CRSM_STORAGE"):
+        runs.run_folder("runs", "nano")
+    assert runs.run_folder(tmp_path / "mine", "nano") == tmp_path / "mine" / "nano"
+    monkeypatch.setenv("CRSM_STORAGE", str(tmp_path / "shared"))
+    assert runs.run_folder("runs", "nano") == tmp_path / "shared" / "runs" / "nano"
+    monkeypatch.chdir(tmp_path)
+    assert runs.run_folder("runs", "nano") == tmp_path / "runs" / "nano"
+
+
 class FromWorkers(Exception):
     def __init__(self, failure):
         self.worker_failures = {0: failure}
