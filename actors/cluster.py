@@ -23,7 +23,7 @@ from typing import Any
 
 import ray
 
-from actors.job_environment import check_imported_code, working_directory
+from actors.job_environment import as_no_submitted_job, check_imported_code, working_directory
 from actors.reachability import check_address
 from crsm.config import core_count
 
@@ -66,7 +66,7 @@ def start_ray(
             log_to_driver=bool(os.environ.get("CRSM_DEBUG")),
         )
     else:
-        with _inherited_path():
+        with _inherited_path(), as_no_submitted_job():
             ray.init(
                 address="local",
                 num_cpus=num_cpus or max(core_count(), MIN_CPUS),

@@ -6,9 +6,11 @@ the copies when the job has ended.
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,18 @@ def working_directory() -> Path | None:
     """The copy of the job's working directory, in which its processes start; None: this is no such process."""
     here = Path.cwd()
     return here if in_working_directory(here) else None
+
+
+@contextlib.contextmanager
+def as_no_submitted_job() -> Iterator[None]:
+    """For a cluster that a submitted job starts for itself: its workers start from the sources, and not from a package
+    that only the job's own cluster has."""
+    job = os.environ.pop(_JOB, None)
+    try:
+        yield
+    finally:
+        if job is not None:
+            os.environ[_JOB] = job
 
 
 def code_version() -> str | None:

@@ -98,14 +98,12 @@ tree["cluster_name"] = "crsm-over-ssh"
 tree["provider"] |= {"head_ip": head, "worker_ips": [worker]}
 tree["auth"] = {"ssh_user": "root", "ssh_private_key": key}
 # The environment that is there, in the place of `make setup`: the hosts have no network.
-tree["setup_commands"] = [f"ln -sfn {venv} ~/crsm/.venv"]
+tree["setup_commands"][0] = f"ln -sfn {venv} ~/crsm/.venv"
 # All actors on the other host than the drivers.
 commands = tree["head_start_ray_commands"]
 commands[-1] = commands[-1].replace("--head ", "--head --num-cpus=0 --object-store-memory=200000000 ")
 commands = tree["worker_start_ray_commands"]
 commands[-1] = commands[-1].replace("ray start", "ray start --num-cpus=4 --object-store-memory=200000000")
-for commands in (tree["head_start_ray_commands"], tree["worker_start_ray_commands"]):
-    commands[:] = [line.replace("RAY_AUTH_MODE=token", f"PATH={venv}/bin:$PATH RAY_AUTH_MODE=token") for line in commands]
 yaml.safe_dump(tree, open(output, "w", encoding="utf-8"))
 EOF
 "$PYTHON" "$WORK/config.py" "$WORK/key" "$VENV" "$WORK/cluster.yaml" "${ADDRESSES[@]}"
@@ -114,7 +112,7 @@ tail -n 3 "$WORK/up.log"
 
 say "both hosts have joined"
 for _ in $(seq 60); do
-    "$RAY" exec "$WORK/cluster.yaml" 'PATH=$HOME/crsm/.venv/bin:$PATH RAY_AUTH_MODE=token ray status' >"$WORK/status.log" 2>&1 || true
+    "$RAY" exec "$WORK/cluster.yaml" 'RAY_AUTH_MODE=token ray status' >"$WORK/status.log" 2>&1 || true
     grep -q '/4.0 CPU' "$WORK/status.log" && break
     sleep 2
 done
@@ -147,8 +145,14 @@ test -s "$WORK/shared/runs/nano/stage_1/checkpoint/model.safetensors"
 
 say "ray down"
 "$RAY" down -y "$WORK/cluster.yaml" >"$WORK/down.log" 2>&1
+# Ray is stopped on the head; the others notice within a minute or two that it is gone.
 for address in "${ADDRESSES[@]}"; do
-    ssh -i "$WORK/key" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "root@$address" \
-        '! pgrep raylet' || { echo "error: Ray still runs on $address" >&2; exit 1; }
+    for attempt in $(seq 100); do
+        ssh -i "$WORK/key" -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "root@$address" \
+            '! ps -C raylet,gcs_server -o stat= | grep -qv Z' && break
+        [ "$attempt" -lt 100 ] || { echo "error: Ray still runs on $address" >&2; exit 1; }
+        sleep 2
+    done
+    echo "no Ray on $address any more"
 done
 say "all done"

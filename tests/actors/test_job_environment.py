@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from actors.job_environment import check_imported_code, code_version, working_directory
+from actors.job_environment import as_no_submitted_job, check_imported_code, code_version, working_directory
 from actors.reachability import _explain, check_address
 
 
@@ -61,6 +62,17 @@ def test_the_code_of_a_job_is_named_by_its_commit_or_else_by_its_package(
 ) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     assert code_version() == version
+
+
+def test_a_cluster_of_its_own_is_not_told_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"commit": "abc"}}')
+    with as_no_submitted_job():
+        assert code_version() is None
+    assert code_version() == "abc"
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    with as_no_submitted_job():
+        pass
+    assert "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
 
 
 @pytest.mark.parametrize("address", ["auto", "ray://host:10001"])
