@@ -29,7 +29,7 @@ done
 WORK=$(mktemp -d /tmp/crsm-ssh-XXXX)
 mkdir -p "$WORK/shared" "$WORK/laptop/.ray"
 export HOME=$WORK/laptop RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 PATH=$VENV/bin:$PATH
-export RAY_TMPDIR=$WORK/laptop/tmp
+export RAY_TMPDIR=$WORK/laptop/tmp TMPDIR=$WORK/laptop/tmp
 unset RAY_ADDRESS RAY_AUTH_TOKEN RAY_AUTH_TOKEN_PATH PYTHONPATH
 mkdir -p "$RAY_TMPDIR"
 PIDS=()
