@@ -121,6 +121,8 @@ class Slot:
     """Incarnations that were stopped since they were not needed."""
     idle_since: float = 0.0
     """When it last answered a batch."""
+    warm: bool = False
+    """It has answered before: its first answer takes longer, for memory, weights and connections, and is no measure."""
     stalled: bool = False
     vitals: Vitals = field(default_factory=Vitals)
 
@@ -196,6 +198,7 @@ class Fleet:
         if slot.incarnation != incarnation or slot.phase is not Phase.STARTING:
             return False
         slot.phase, slot.stalled, slot.vitals, slot.idle_since = Phase.READY, False, Vitals(now), now
+        slot.warm = False
         self._look_at(now + self._health.interval)
         self._offer(planner)
         return True
@@ -208,8 +211,9 @@ class Fleet:
             if slot.stalled:
                 self._look_at(now)
 
-    def finished(self, planner: int, incarnation: int, number: int, now: float) -> tuple[Batch, float] | None:
-        """A batch came back, as plans or as an error: the batch and the seconds it took; None: nobody asks for it."""
+    def finished(self, planner: int, incarnation: int, number: int, now: float) -> tuple[Batch, float, bool] | None:
+        """A batch came back, as plans or as an error: the batch, the seconds it took, and whether the planner was warm
+        before; None: nobody asks for it."""
         slot = self.slots[planner]
         batch = next((batch for batch in slot.in_flight if batch.number == number), None)
         if slot.incarnation != incarnation or batch is None:
@@ -217,12 +221,13 @@ class Fleet:
         seconds = max(0.0, now - max(batch.sent_at, slot.idle_since))
         slot.in_flight.remove(batch)
         slot.idle_since, slot.stalled, slot.vitals.cancelled_at = now, False, None
+        was_warm, slot.warm = slot.warm, True
         slot.vitals.heard(now)
         self._busy += seconds
         if slot.phase is Phase.LEAVING and not slot.in_flight:
             self._leaving.append(planner)
         self._offer(planner)
-        return batch, seconds
+        return batch, seconds, was_warm
 
     def die(self, planner: int, incarnation: int, now: float) -> tuple[int, ...]:
         """A planner is gone. The requests that are lost by it."""

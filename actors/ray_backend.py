@@ -128,7 +128,7 @@ class RayBackend:
 
     async def _listen(self) -> None:
         while not self._over:
-            front = uuid.uuid4().hex
+            front, detail = uuid.uuid4().hex, ""
             try:
                 async for reference in self._generator.attach.remote(front):
                     items = await reference
@@ -138,12 +138,14 @@ class RayBackend:
                 reason = "its stream has ended"
             except ActorDiedError as error:
                 # Ray will not start it again.
-                self._over = reason = f"the generator is dead: {_first_line(error)}"
+                self._over = reason = "the generator is dead"
+                detail = _first_line(error)
             except RayError as error:
-                reason = f"the generator is gone: {_first_line(error)}"
+                reason, detail = "the generator is gone; it is being started again", _first_line(error)
             finally:
                 self._front = ""
-            logger.warning("%s; %d generations are lost", reason, len(self._streams))
+            # Names of actors and nodes are for the log, not for those who wait.
+            logger.warning("%s (%s); %d generations are lost", reason, detail, len(self._streams))
             for stream in self._streams.values():
                 stream.put(Closed(reason))
             await asyncio.sleep(RETRY_SECONDS)
@@ -191,7 +193,8 @@ async def _answer(reference: Any) -> Any:
             raise ValueError(str(cause)) from None
         raise
     except RayActorError as error:
-        raise GenerationFailed(f"the generator is gone: {_first_line(error)}") from error
+        logger.warning("an actor does not answer: %s", _first_line(error))
+        raise GenerationFailed("the generator, or the vault of states, is gone") from error
 
 
 def _first_line(error: BaseException) -> str:

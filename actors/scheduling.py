@@ -149,9 +149,10 @@ class PoolState:
         finished = self.fleet.finished(planner, incarnation, number, now)
         if finished is None:
             return None
-        batch, seconds = finished
+        batch, seconds, was_warm = finished
         self.slots[planner].failures = 0
-        self.service.observe(*(spent or (batch.steps, batch.work)), seconds)
+        if was_warm:
+            self.service.observe(*(spent or (batch.steps, batch.work)), seconds)
         self._margin *= 0.9
         in_time = sum(grant.ask.deadline is None or now <= grant.ask.deadline for grant in batch.grants)
         self.fleet.settled(len(batch.grants), in_time)

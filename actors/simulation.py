@@ -124,6 +124,7 @@ class _Simulation:
         self._state = PoolState(planners, **({"max_in_flight": 2} | rules))
         for planner in self._state.decide(0.0).start:
             self._state.ready(planner, 1, 0.0)
+            self._state.slots[planner].warm = True  # a pool that has worked for a while
         self._events: list[tuple[float, int, str, Any]] = []
         self._order = self._counter()
         self._pool_free = self._link_free = 0.0

@@ -1,7 +1,7 @@
 """Saved generations by handle, for a time and within a number of bytes. No Ray, no threads.
 
 A handle is a name; the state behind it is a value: it can be started from any number of times (fork), handed out to
-another generator (migrate), and is gone when its time is over.
+another generator (migrate), and is gone when its time is over. A state may have an owner, whom alone it is found for.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Entry:
 
 
 class StateStore:
-    """The states that one generator keeps. Of those that do not fit, the ones that end first are dropped."""
+    """Of the states that do not fit, the owner's own go first, and of these the ones that end first."""
 
     def __init__(self, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_bytes, self._clock = max_bytes, clock
@@ -59,7 +59,7 @@ class StateStore:
         if saved.num_bytes > self._max_bytes:
             raise ValueError(f"the state has {saved.num_bytes} bytes; allowed: at most {self._max_bytes}")
         self._expire()
-        for handle in sorted(self._entries, key=lambda handle: self._entries[handle].until):
+        for handle in sorted(self._entries, key=lambda handle: self._rank(self._entries[handle], owner)):
             if self.num_bytes + saved.num_bytes <= self._max_bytes:
                 break
             del self._entries[handle]
@@ -95,6 +95,15 @@ class StateStore:
             return False
         del self._entries[handle]
         return True
+
+    def resize(self, max_bytes: int) -> None:
+        """Another bound from now on; what is there stays until there is more to keep."""
+        self._max_bytes = max_bytes
+
+    @staticmethod
+    def _rank(entry: _Entry, owner: str) -> tuple[bool, float]:
+        """Who goes first for a state of this owner's: nobody can push out others' while there are states of his own."""
+        return entry.owner != owner, entry.until
 
     def _expire(self) -> None:
         now = self._clock()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,6 +23,9 @@ class Settings(BaseModel):
     """Base of every group of settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 class BackboneConfig(Settings):
@@ -443,19 +446,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     Raises:
         ValueError: naming the file or override, the key, the value and what is allowed.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
-        try:
-            loaded = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"config file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(loaded, dict | None):
-            raise ValueError(f"config file {str(path)!r} holds a {type(loaded).__name__}; allowed: a mapping")
-        tree = loaded or {}
+    tree = {} if path is None else read_tree(path)
     config = parse_config(tree, source=str(path) if path is not None else "defaults")
     overrides = list(overrides)
     if not overrides:
@@ -466,26 +457,50 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     return parse_config(tree, source=f"--set {' '.join(overrides)}")
 
 
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        ValueError: it cannot be read, is no YAML, or holds something else.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config file {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict | None):
+        raise ValueError(f"config file {str(path)!r} holds a {type(loaded).__name__}; allowed: a mapping")
+    return loaded or {}
+
+
 def parse_config(tree: dict[str, Any], source: str) -> Config:
     """Settings from plain data; ``ValueError`` in one line per fault, each naming ``source``, key and value."""
+    return parse_settings(Config, tree, source)
+
+
+def parse_settings(kind: type[AnySettings], tree: dict[str, Any], source: str) -> AnySettings:
+    """The same for settings of any kind."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("; ".join(_describe(fault, source) for fault in error.errors())) from None
+        raise ValueError("; ".join(_describe(fault, source, kind) for fault in error.errors())) from None
 
 
-def _describe(fault: Any, source: str) -> str:
+def _describe(fault: Any, source: str, kind: type[Settings]) -> str:
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        return f"{source}: unknown key {path!r}; allowed: {', '.join(_siblings(fault['loc']))}"
+        return f"{source}: unknown key {path!r}; allowed: {', '.join(_siblings(fault['loc'], kind))}"
     message = fault["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
     return f"{source}: {path or 'config'}{shown}: {message}"
 
 
-def _siblings(location: tuple[Any, ...]) -> list[str]:
+def _siblings(location: tuple[Any, ...], kind: type[Settings]) -> list[str]:
     """Names allowed beside an unknown key."""
-    model: Any = Config
+    model: Any = kind
     for part in location[:-1]:
         if part in _TASKS:
             model = _TASKS[part]

@@ -48,6 +48,9 @@ PROBE_SECONDS = 0.25
 QUIET_STEPS = 16
 """While nothing is asked for, planners are looked at so often: for their room."""
 
+STALE_SECONDS = 0.01
+"""What planners said longer ago than this is looked up again before they are asked: steps may be far apart."""
+
 
 class _Asked(NamedTuple):
     """What a plan must fit. Without the snapshot, which stalled planners would pile up here."""
@@ -108,6 +111,8 @@ class Deliberation:
         self._expected_gate = ExpectedGate()
         self._unpolled = 0
         """Steps since planners were last looked at."""
+        self._looked_at = -math.inf
+        """When that was; wall clock."""
         self._asked_at = -math.inf
         """When planners were last asked for a plan that could be in time, or to see whether one could."""
         self.events = PlanEvents(clock)
@@ -141,6 +146,8 @@ class Deliberation:
         due = [generation for generation in due if wants_plan(generation)] if due else due
         if not due:
             return
+        if not self._virtual and self._clock() - self._looked_at > STALE_SECONDS:
+            self._look(self._planners)
         room = self._planners.room()
         probing = False
         if room is not None:
@@ -331,18 +338,21 @@ class Deliberation:
             return
         if not self._virtual:
             self._unpolled += 1
-            if not self._open and self._unpolled < QUIET_STEPS:
-                return
-            self._unpolled = 0
-            arrivals = self._planners.poll()
-            if arrivals is not NOTHING:
-                self._accept(arrivals)
+            if self._open or self._unpolled >= QUIET_STEPS:
+                self._look(self._planners)
             return
         if self._open or self._early:
             self._wait_until(
                 {generation.id: generation.position for generation in generations},
                 {request for generation in generations for request in generation.open_requests},
             )
+
+    def _look(self, planners: Planners) -> None:
+        """Takes in what has come, without waiting."""
+        self._unpolled, self._looked_at = 0, self._clock()
+        arrivals = planners.poll()
+        if arrivals is not NOTHING:
+            self._accept(arrivals)
 
     def await_plans(self, generation: Generation, position: int) -> None:
         """Virtual clock: has the plans of one generation for targets up to ``position`` in the buffer."""

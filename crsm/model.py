@@ -184,6 +184,12 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def use_settings(checkpoint: Checkpoint, config: Config) -> None:
+    """Puts settings that fit the weights in the place of a checkpoint's own."""
+    checkpoint.model.config = config
+    checkpoint.model.critic.uncertainty_penalty = config.model.critic.uncertainty_penalty
+
+
 def resolve_checkpoint(name: str | Path) -> Path:
     """A checkpoint folder from its path, or from the name of a shipped one (``nano``).
 

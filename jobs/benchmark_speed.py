@@ -165,6 +165,27 @@ def pool(
 
 
 @app.command()
+def serve(
+    quick: QuickOption = False,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    json: JsonOption = None,
+) -> None:
+    """The served application beside its own engine, under load, and beside clients that misbehave. Loopback only."""
+
+    def rows(core: int | None, seed: int, progress: Progress) -> list[Row]:
+        from jobs.speed.serve_speed import serve_rows
+
+        return serve_rows(core, seed=seed, progress=progress, quick=quick)
+
+    from jobs.speed.serve_speed import serve_environment
+
+    with serve_environment():
+        _measure_actors("serve", rows, quick, config, overrides, seed, json)
+
+
+@app.command()
 def profile(
     checkpoint: Annotated[
         str, typer.Option("--checkpoint", metavar="NAME", help="Whose deliberation is timed.")

@@ -2,6 +2,8 @@
 
 =================================  ====================================================================================
 ``configs/*.yaml``                 the typed settings of :mod:`crsm.config`
+``configs/ablate_*.yaml``          those, a sweep and its space (:mod:`jobs.ablation.settings`)
+``configs/tune_*.yaml``            those, and a search over a stage's settings (:mod:`jobs.ablation.tuning`)
 ``configs/runtime_env.yaml``       the fields of Ray's ``RuntimeEnv``
 ``configs/serve/*.yaml``           Ray Serve's ``ServeDeploySchema``
 ``cluster.yaml``,
@@ -103,9 +105,19 @@ def _relative(path: Path, root: Path = ROOT) -> Path:
 
 
 def _settings(path: Path) -> Iterator[str]:
-    from crsm.config import load_config
+    from crsm.config import load_config, parse_config
+    from jobs.ablation.settings import load_ablation
+    from jobs.ablation.space import parse_space
+    from jobs.ablation.tuning import load_tuning
 
-    load_config(path)
+    if path.name.startswith("ablate_"):
+        sweep = load_ablation(path)
+        ranges = sweep.ablation.method != "grid"
+        parse_space(sweep.ablation.space, parse_config(sweep.stated, str(path)), ranges=ranges)
+    elif path.name.startswith("tune_"):
+        load_tuning(path)
+    else:
+        load_config(path)
     yield from ()
 
 

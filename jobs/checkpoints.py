@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import enum
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from crsm.overrides import merge_settings as merge_settings
 
 if TYPE_CHECKING:
     from crsm.config import Config
@@ -20,9 +22,6 @@ if TYPE_CHECKING:
 CheckpointOption = Annotated[
     str, typer.Option("--checkpoint", metavar="NAME", help="A checkpoint's folder, or the name of a shipped one.")
 ]
-
-_WORLD_MODEL_KIND = ("model", "world_model", "kind")
-"""The one setting of ``model`` that fixes no shape: which world model plans."""
 
 
 class PlannerKind(str, enum.Enum):
@@ -36,66 +35,23 @@ class PlannerKind(str, enum.Enum):
 
 
 def load_with_settings(
-    name: str | Path, config: str | Path | None = None, overrides: Iterable[str] | None = None, seed: int | None = None
+    name: str | Path,
+    config: str | Path | Mapping[str, Any] | None = None,
+    overrides: Iterable[str] | None = None,
+    seed: int | None = None,
 ) -> Checkpoint:
     """A checkpoint whose settings are its own, those that ``config`` states, ``overrides`` and ``seed`` on top.
 
     Raises:
-        ValueError: as :func:`crsm.model.load_checkpoint` and :func:`merge_settings`.
+        ValueError: as :func:`crsm.model.load_checkpoint` and :func:`crsm.overrides.merge_settings`.
     """
-    from crsm.model import load_checkpoint
+    from crsm.model import load_checkpoint, use_settings
     from jobs.command import commit
 
     commit()  # of the code that starts; it may be another by the time the result is written
     checkpoint = load_checkpoint(name)
-    checkpoint.model.config = merge_settings(checkpoint.config, config, overrides, seed)
+    use_settings(checkpoint, merge_settings(checkpoint.config, config, overrides, seed))
     return checkpoint
-
-
-def merge_settings(
-    saved: Config, config: str | Path | None = None, overrides: Iterable[str] | None = None, seed: int | None = None
-) -> Config:
-    """Settings of a checkpoint with changes on top.
-
-    Args:
-        saved: the checkpoint's.
-        config: a YAML file; what it states replaces what the checkpoint says, the rest stays.
-        overrides: ``section.key=value``, the later ones winning.
-        seed: the last word on ``seed``.
-
-    Raises:
-        ValueError: a key or value that is not allowed, or a change of what the weights were made for.
-    """
-    from crsm.config import apply_override, load_config, parse_config
-
-    tree = saved.model_dump(mode="json")
-    source = "checkpoint"
-    if config is not None:
-        _merge(tree, load_config(config).model_dump(mode="json", exclude_unset=True))
-        source = str(config)
-    changes = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
-    for change in changes:
-        apply_override(tree, change)
-    merged = parse_config(tree, source=f"--set {' '.join(changes)}" if changes else source)
-    for section in ("model", "tokenizer"):
-        _check_unchanged(getattr(saved, section).model_dump(), getattr(merged, section).model_dump(), (section,))
-    return merged
-
-
-def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
-        else:
-            tree[key] = value
-
-
-def _check_unchanged(saved: Any, asked: Any, path: tuple[str, ...]) -> None:
-    if isinstance(saved, dict):
-        for key in saved:
-            _check_unchanged(saved[key], asked[key], (*path, key))
-    elif saved != asked and path != _WORLD_MODEL_KIND and not (path[-1] == "vocab_size" and asked == 0):
-        raise ValueError(f"{'.'.join(path)} = {asked!r}; allowed: {saved!r}, for which the checkpoint was made")
 
 
 def pick_task(config: Config, name: str) -> Task:

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -48,6 +48,7 @@ def train_stage(
     *,
     rollouts: Path | None = None,
     folder_name: str | None = None,
+    callbacks: Sequence[UserCallback] = (),
 ) -> Outcome:
     """Trains one stage to its end, going on where an earlier start stopped.
 
@@ -59,6 +60,7 @@ def train_stage(
         run_name: this run.
         rollouts: the data of stage 3.
         folder_name: the stage's folder inside the run; None: its name.
+        callbacks: of Ray Train, in its controller.
 
     Raises:
         ValueError: the input does not fit, the run was begun with other settings, or the cluster is too small.
@@ -94,7 +96,7 @@ def train_stage(
     if not work.output.exists():
         _require_workers(work, config)
         with cluster():
-            _fit(work, config)
+            _fit(work, config, callbacks)
         if not (work.output / "config.json").is_file():
             raise RuntimeError(f"{stage} ended without a checkpoint at {work.output}")
         return Outcome(stage, work.output, read_report(work), had_finished=False)
@@ -160,7 +162,7 @@ def _require_workers(work: Work, config: Config) -> None:
     require_resources(need, f"{work.stage} with train.workers = {config.train.workers}")
 
 
-def _fit(work: Work, config: Config) -> None:
+def _fit(work: Work, config: Config, callbacks: Sequence[UserCallback]) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
@@ -178,7 +180,7 @@ def _fit(work: Work, config: Config) -> None:
             failure_config=FailureConfig(
                 max_failures=settings.max_failures, controller_failure_limit=_MAX_FAILED_STARTS
             ),
-            callbacks=[_failure_callback(folder / PROGRESS_FILE, settings.max_failures)],
+            callbacks=[_failure_callback(folder / PROGRESS_FILE, settings.max_failures), *callbacks],
             checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),

@@ -69,6 +69,17 @@ def _train_and_save(work: Work) -> None:
     resume = _latest_state(work)
     reporter = _Reporter(work, resume.step if resume else 0, active=rank == 0)
     reporter.say("starts training" if resume is None else f"goes on from step {resume.step}")
+    latest: dict[str, float] = {}
+    """What is known of the model when a state is saved, for whoever compares runs."""
+
+    def log(point: Point) -> None:
+        latest.update(point)
+        reporter.log(point)
+
+    def evaluation(point: Point) -> None:
+        latest.update(point)
+        reporter.evaluation(point)
+
     result = run_stage(
         stage,
         rank=rank,
@@ -76,9 +87,9 @@ def _train_and_save(work: Work) -> None:
         module=module,
         resume=resume,
         fingerprint=work.fingerprint,
-        on_log=reporter.log,
-        on_evaluate=reporter.evaluation,
-        on_checkpoint=lambda state: _report(state, rank),
+        on_log=log,
+        on_evaluate=evaluation,
+        on_checkpoint=lambda state: _report(state, rank, latest),
     )
     if rank == 0:
         stage.cpu()
@@ -86,13 +97,13 @@ def _train_and_save(work: Work) -> None:
     reporter.close()
 
 
-def _report(state: LoopState, rank: int) -> None:
+def _report(state: LoopState, rank: int, figures: Mapping[str, float]) -> None:
     """Hands a state to Ray Train; a barrier, called by all workers at the same steps."""
     import ray.train
 
     from crsm.training.loop import STATE_FILE
 
-    metrics = {"step": state.step}
+    metrics = {**figures, "step": state.step}
     if rank != 0:
         ray.train.report(metrics, checkpoint=None)
         return

@@ -7,10 +7,25 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crsm.config import Config, PathStarConfig, TreePathConfig, apply_override, dump_config, load_config, parse_config
+from crsm.config import (
+    Config,
+    PathStarConfig,
+    TreePathConfig,
+    apply_override,
+    dump_config,
+    load_config,
+    parse_config,
+    read_tree,
+)
 from crsm.types import Channel
 
-CONFIGS = sorted(path for path in (Path(__file__).parents[1] / "configs").glob("*.yaml") if path.stem != "runtime_env")
+OTHER_KINDS = {"ablation", "tuning", "env_vars", "excludes", "working_dir"}
+"""Keys of files that are no settings of a run: sweeps, and the environment of submitted jobs."""
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    if not OTHER_KINDS & set(read_tree(path))
+]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

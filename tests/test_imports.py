@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    {"config", "types"},
+    {"config", "overrides", "types"},
     {"kernels", "native", "threads", "wire"},
     {"mamba_ssm", "fusion", "critic", "latent_dynamics", "plan_writer"},
     {"search", "injection", "gate", "delta_buffer"},

@@ -12,7 +12,7 @@ from crsm.config import Channel, DeliberationConfig, EngineConfig, SamplingConfi
 from crsm.engine import Engine
 from crsm.generation import GenerationRequest
 from crsm.plan_events import PlanEvent
-from crsm.planners import InlinePlanners
+from crsm.planners import Arrivals, InlinePlanners
 from crsm.reasoning import Deliberator
 from crsm.search.sketch import nested
 from crsm.types import Reason, Token
@@ -112,3 +112,19 @@ def test_a_plan_in_time_that_writes_nothing_is_told_with_a_gate_of_nothing(chang
     applied = [event for event in events if event.kind == "inject"]
     assert applied and all(not any(event.injection.alpha_L) for event in applied if event.injection)
     assert all(token.injection is None for token in said)
+
+
+def test_what_planners_said_a_while_ago_is_looked_up_before_they_are_asked() -> None:
+    class ToldByPolling(FakePlanners):
+        told = 0
+
+        def room(self) -> int:
+            return self.told
+
+        def poll(self) -> Arrivals:
+            self.told = 1
+            return super().poll()
+
+    engine = Engine(CHECKPOINT, ToldByPolling(lambda request: []), EngineConfig(clock="wall"))
+    _, events = run(engine, ask(tokens=3, watch=True, deliberation={"lag": 0}))
+    assert events[0].kind == "request" and engine.metrics.outcomes[Reason.DECLINED] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from actors.decode_loop import DecodeLoop
@@ -43,7 +44,8 @@ class LocalBackend:
         """
         config = checkpoint.config
         settings = engine or config.engine.model_copy(update={"clock": "wall"})
-        self._model = served_model(checkpoint, name, chat_template)
+        model = served_model(checkpoint, name, chat_template)
+        self._model = replace(model, config=config.model_copy(update={"engine": settings}))
         self._planners: Planners | None = None
         if planners:
             # The virtual clock waits for every plan; only by the wall clock is there anything to shed.

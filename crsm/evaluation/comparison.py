@@ -71,51 +71,23 @@ def compare(
         ``system1``, ``system2`` (accuracy, 95 % interval), ``mcnemar_p``, ``difference``, ``plan_hit_rate``,
         ``outcomes``, ``tokens_per_second``, ``controls``.
     """
-    clock = EngineConfig(clock="virtual", max_batch=checkpoint.config.engine.max_batch)
 
-    def run(planners: Planners | None, settings: DeliberationConfig = deliberation) -> Run:
-        try:
-            return solve(
-                checkpoint,
-                task,
-                problems,
-                planners=planners,
-                deliberation=settings,
-                sampling=sampling,
-                simulations=search.simulations,
-                engine=clock,
-            )
-        finally:
-            if planners is not None:
-                planners.close()
-
-    def inline(**options: Any) -> InlinePlanners:
-        deliberator = Deliberator.from_checkpoint(
-            checkpoint, search=search, plan_length=deliberation.plan_length, **options
+    def run(name: str, planners: Planners | None = None) -> Run:
+        return run_system(
+            name,
+            checkpoint,
+            task,
+            problems,
+            deliberation=deliberation,
+            search=search,
+            sampling=sampling,
+            seed=seed,
+            planners=planners,
         )
-        return InlinePlanners(deliberator, checkpoint.config.planners.max_batch)
 
-    def control(name: str) -> Run:
-        if name == "gate_zero":
-            return run(inline(forced_confidence=0.0))
-        if name == "random_write":
-            return run(AlteredPlanners(inline(), random_write(seed)))
-        if name == "other_problem":
-            return run(AlteredPlanners(inline(), other_problem))
-        if name == "time_shifted":
-            return run(AlteredPlanners(inline(), time_shifted(TIME_SHIFT)))
-        if name == "silent_tokens":
-            said = deliberation.model_copy(update={"channel": Channel.POLICY})
-            return run(AlteredPlanners(inline(), silent_tokens), said)
-        if name == "untrained_planner":
-            return run(inline(world_model=untrained_world_model(checkpoint, seed)))
-        if name == "oracle":
-            return run(_oracle(checkpoint, problems, deliberation))
-        raise ValueError(f"control {name!r}; allowed: {', '.join(CONTROLS)}")
-
-    system1 = run(None)
+    system1 = run("system1")
     on_progress("system1", system1.accuracy)
-    system2 = run(make_planners() if make_planners else inline())
+    system2 = run("system2", make_planners() if make_planners else None)
     on_progress("system2", system2.accuracy)
     results: dict[str, Any] = {
         "task": task.name,
@@ -134,12 +106,81 @@ def compare(
         "controls": {},
     }
     for name in controls:
-        outcome = control(name)
+        outcome = run(name)
         on_progress(name, outcome.accuracy)
         results["controls"][name] = _accuracy(outcome) | {"injections": outcome.metrics.injections}
         if name == "gate_zero":
-            results["controls"][name]["identical"] = _identical(system1, outcome)
+            results["controls"][name]["identical"] = identical(system1, outcome)
     return results
+
+
+def run_system(
+    name: str,
+    checkpoint: Checkpoint,
+    task: Task,
+    problems: Sequence[Problem],
+    *,
+    deliberation: DeliberationConfig,
+    search: SearchConfig,
+    sampling: SamplingConfig,
+    seed: int,
+    planners: Planners | None = None,
+) -> Run:
+    """One system's answers by the virtual clock.
+
+    Args:
+        name: ``system1``, ``system2``, or one of ``CONTROLS``.
+        checkpoint: the model.
+        task: judges the answers.
+        problems: what to solve.
+        deliberation: lag, rate, channel.
+        search: settings of the planners' search.
+        sampling: of the tokens.
+        seed: of a control's randomness.
+        planners: who plans for System 2 (threads, actors), closed here; None: inline. The controls always plan inline.
+    """
+
+    def inline(**options: Any) -> InlinePlanners:
+        deliberator = Deliberator.from_checkpoint(
+            checkpoint, search=search, plan_length=deliberation.plan_length, **options
+        )
+        return InlinePlanners(deliberator, checkpoint.config.planners.max_batch)
+
+    if name == "system1":
+        planners = None
+    elif name == "system2":
+        planners = planners or inline()
+    elif name == "gate_zero":
+        planners = inline(forced_confidence=0.0)
+    elif name == "random_write":
+        planners = AlteredPlanners(inline(), random_write(seed))
+    elif name == "other_problem":
+        planners = AlteredPlanners(inline(), other_problem)
+    elif name == "time_shifted":
+        planners = AlteredPlanners(inline(), time_shifted(TIME_SHIFT))
+    elif name == "silent_tokens":
+        deliberation = deliberation.model_copy(update={"channel": Channel.POLICY})
+        planners = AlteredPlanners(inline(), silent_tokens)
+    elif name == "untrained_planner":
+        planners = inline(world_model=untrained_world_model(checkpoint, seed))
+    elif name == "oracle":
+        planners = _oracle(checkpoint, problems, deliberation)
+    else:
+        raise ValueError(f"control {name!r}; allowed: {', '.join(CONTROLS)}")
+    try:
+        return solve(
+            checkpoint,
+            task,
+            problems,
+            planners=planners,
+            deliberation=deliberation,
+            sampling=sampling,
+            simulations=search.simulations,
+            engine=EngineConfig(clock="virtual", max_batch=checkpoint.config.engine.max_batch),
+        )
+    finally:
+        if planners is not None:
+            planners.close()
 
 
 def untrained_world_model(checkpoint: Checkpoint, seed: int) -> LatentDynamics:
@@ -163,6 +204,6 @@ def _accuracy(run: Run) -> dict[str, Any]:
     return {"accuracy": run.accuracy, "interval": wilson_interval(right, len(run.answers))}
 
 
-def _identical(a: Run, b: Run) -> bool:
+def identical(a: Run, b: Run) -> bool:
     """Same tokens with the same log-probabilities, bit for bit."""
     return all(x.tokens == y.tokens and x.logprobs == y.logprobs for x, y in zip(a.answers, b.answers, strict=True))

@@ -171,6 +171,21 @@ def test_once_in_a_while_a_request_is_tried_that_looks_too_late() -> None:
 # -------------------------------------------------------------------------------------------------- deaths and health
 
 
+def test_the_first_answer_of_every_start_of_a_planner_is_no_measure_of_a_search() -> None:
+    state = ready_pool(count=1, max_in_flight=1)
+    submit(state, 0)
+    assert state.answered(0, 1, numbers(state, 0)[0], 30.0)
+    assert state.service.answers == 0 and state.soonest(30.0) == 0.0
+    submit(state, 1, now=30.0)
+    assert state.answered(0, 1, numbers(state, 0)[0], 30.5)
+    assert state.service.answers == 1 and 0.4 < state.soonest(30.5) < 0.5
+    state.failed(0, 1, Failure.ACTOR_DIED, 31.0)
+    assert state.decide(40.0).start == (0,) and state.ready(0, 2, 41.0)
+    submit(state, 2, now=41.0)
+    assert state.answered(0, 2, numbers(state, 0)[0], 60.0)
+    assert state.service.answers == 1 and state.soonest(60.0) < 0.5
+
+
 def test_a_death_costs_what_was_in_flight_and_nothing_else() -> None:
     state = ready_pool(shed=False)
     submit(state, 0, 1, 2, 3)

@@ -71,3 +71,36 @@ def test_the_store_never_holds_more_than_it_may_and_drops_what_ends_first(times:
     assert len(store) == len(alive)
     for name in alive:
         store.get(name)
+
+
+def test_only_its_owner_finds_a_state() -> None:
+    store = StateStore(10**6)
+    handle = store.put(SAVED, 60.0, "mine").handle
+    for stranger in ("", "yours"):
+        with pytest.raises(ValueError, match="is not known, or its time is over"):
+            store.get(handle, stranger)
+        assert not store.drop(handle, stranger)
+    assert store.get(handle, "mine") is SAVED
+    assert store.drop(handle, "mine")
+
+
+def test_what_is_left_of_the_time_is_told() -> None:
+    clock = FakeClock()
+    store = StateStore(10**6, clock)
+    handle = store.put(SAVED, 5.0, "mine")
+    clock.now += 2.0
+    assert store.describe(handle.handle, "mine") == dataclasses.replace(handle, seconds=3.0)
+
+
+def test_who_keeps_much_pushes_out_his_own_states_first() -> None:
+    store = StateStore(3 * SAVED.num_bytes)
+    yours = store.put(SAVED, 1.0, "yours").handle
+    mine = [store.put(SAVED, seconds, "mine").handle for seconds in (9.0, 8.0)]
+    store.put(SAVED, 5.0, "mine")
+    assert store.get(yours, "yours") is SAVED and store.get(mine[0], "mine") is SAVED
+    with pytest.raises(ValueError, match="not known"):
+        store.get(mine[1], "mine")  # of mine, the one that would have ended first
+    newcomer = store.put(SAVED, 5.0, "new").handle
+    assert store.get(newcomer, "new") is SAVED
+    with pytest.raises(ValueError, match="not known"):
+        store.get(yours, "yours")  # who has nothing to lose pushes out what ends first

@@ -79,7 +79,7 @@ def test_stages_but_the_first_need_a_checkpoint(tmp_path):
 
 
 def test_a_run_of_other_settings_is_refused_before_ray_starts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "_fit", lambda work, config: None)
+    monkeypatch.setattr(train, "_fit", lambda work, config, callbacks: None)
     monkeypatch.setattr(train, "cluster", lambda: __import__("contextlib").nullcontext())
     with pytest.raises(RuntimeError, match="ended without a checkpoint"):
         train.train_stage("stage_1", Config(), None, tmp_path, "run")

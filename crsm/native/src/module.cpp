@@ -10,6 +10,8 @@
 namespace nb = nanobind;
 
 NB_MODULE(_crsm_native, m) {
+    // A daemon thread may hold an object when the interpreter ends, and there is nobody left to free it.
+    nb::set_leak_warnings(false);
     m.doc() = "Native core of CRSM: search, Mamba-2 kernels and decoding on CPU. Use it through crsm.native.";
     m.attr("__version__") = CRSM_VERSION;
     // The number in crsm/native/__init__.py.

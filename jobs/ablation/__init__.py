@@ -1,0 +1,1 @@
+"""Ablation sweeps: what is swept, what a trial measures, and what is made of the table."""
