@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from actors.service_args import SERVE_ENVIRONMENT, ServiceArgs, check_exposure, is_loopback, parse_args
+from actors.service_args import MOST_OPEN, SERVE_ENVIRONMENT, ServiceArgs, check_exposure, is_loopback, parse_args
 from actors.serving.settings import ServeSettings
 from crsm.config import Config, apply_override
 
@@ -98,7 +98,8 @@ def serve_until_stopped(
     check_port(host, port)
     if tracing:
         _check_tracing()
-    os.environ.update({name: os.environ.get(name, value) for name, value in SERVE_ENVIRONMENT.items()})
+    environment = {**SERVE_ENVIRONMENT, MOST_OPEN: str(args.proxy_requests)}
+    os.environ.update({name: os.environ.get(name, value) for name, value in environment.items()})
 
     from actors.service import application, open_checkpoint, planners_config  # torch, Ray
 

@@ -24,6 +24,10 @@ SERVE_ENVIRONMENT = {
 }
 """Set in every process of a cluster that serves; streams are cheap with it, and right without it but for the last."""
 
+MOST_OPEN = "CRSM_PROXY_REQUESTS"
+"""The environment variable that tells a proxy how many requests that generate it passes on at a time."""
+PROXY_MARGIN = 64
+"""Requests that a proxy passes on beyond what all replicas let in: some have not sent their bodies yet."""
 DRAIN_MARGIN = 10.0
 """Seconds that a replica has for its own end, after its last stream."""
 
@@ -94,6 +98,12 @@ class ServiceArgs(Settings):
     @property
     def pins_sessions(self) -> bool:
         return (self.replicas > 1 or self.autoscaling is not None) if self.sessions is None else self.sessions
+
+    @property
+    def proxy_requests(self) -> int:
+        """Requests that generate, of all replicas together, beyond which a proxy need not ask them."""
+        replicas = self.autoscaling.max_replicas if self.autoscaling else self.replicas
+        return replicas * self.server.max_concurrent + PROXY_MARGIN
 
     @property
     def graceful_seconds(self) -> float:

@@ -7,6 +7,8 @@ Invariants:
   ``/healthz`` is answered;
 * what the proxy says by itself (no route, no replica, no answer) is OpenAI's JSON, and no trace of code is in it;
 * headers that steer Serve (timeouts, disconnects, multiplexing) are taken away: they are not the client's to set;
+* more requests than all replicas together would let in are refused here, at a fraction of what a refusal by a replica
+  costs: a flood leaves the processor to those that are served;
 * everything else passes as it is, chunk by chunk.
 
 Serve's proxies load it by ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=actors.service_edge.middlewares``.
@@ -16,11 +18,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.middleware import Middleware
 
+from actors.service_args import MOST_OPEN
 from actors.serving.errors import ApiError
 from actors.serving.sse import DONE, error_event
 
@@ -34,9 +38,14 @@ STEERING = frozenset((b"x-request-timeout-seconds", b"x-request-disconnect-disab
 """Headers that Serve obeys and a client must not set, in lower case with hyphens."""
 DECODED = frozenset((b"x-request-id", b"x-session-id"))
 """Headers that Serve reads as text."""
+GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/states")
+"""Paths whose requests a replica counts among its generations."""
 SERVES_OWN = "/-/"
 """Serve's own paths: health and routes."""
 GONE = ApiError(503, "the replica that answered is gone; the same request may be tried again", code="replica_gone")
+FULL = ApiError(
+    429, "too many requests are open; try again later", code="rate_limit_exceeded", headers={"Retry-After": "1"}
+)
 ABSENT = ApiError(503, "no replica is ready; try again later", code="no_replica", headers={"Retry-After": "1"})
 _ANSWERS = {
     408: "the request took too long",
@@ -45,6 +54,8 @@ _ANSWERS = {
 }
 _HEADERS = [(b"content-type", b"application/json")]
 
+DEFAULT_MOST_OPEN = 1024
+"""Where the environment does not say how many."""
 PATIENCE = 2.0
 """Seconds that a request waits for the beginning of its answer before it is asked whether anybody is there."""
 PROBE_SECONDS = 2.0
@@ -54,8 +65,15 @@ PROBE_SECONDS = 2.0
 class Edge:
     """An ASGI middleware."""
 
-    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], most_open: int | None = None) -> None:
+        """
+        Args:
+            app: the proxy.
+            most_open: requests that generate and are passed on at a time; None: as the environment says.
+        """
         self._app = app
+        self._most_open = most_open or int(os.environ.get(MOST_OPEN, DEFAULT_MOST_OPEN))
+        self._open = 0
         self._probe: asyncio.Task[bool] | None = None
         """One for all that wait."""
 
@@ -68,7 +86,12 @@ class Edge:
         if headers is None:
             await response.fail(ApiError(400, "x-request-id or x-session-id holds bytes outside of ASCII"))
             return
+        generates = scope.get("method") == "POST" and scope["path"].startswith(GENERATING)
+        if generates and self._open >= self._most_open:
+            await response.fail(FULL)
+            return
         client = _Client(receive)
+        self._open += generates
         watch = asyncio.get_running_loop().call_later(PATIENCE, self._look_after, scope, client, response)
         try:
             await self._app({**scope, "headers": headers}, client.receive, response.send)
@@ -79,6 +102,7 @@ class Edge:
         finally:
             watch.cancel()
             client.served = True
+            self._open -= generates
         await response.settle(abandoned=client.sent_away.is_set())
 
     def _look_after(self, scope: Message, client: _Client, response: _Response) -> None:

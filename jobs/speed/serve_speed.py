@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from actors.service_args import SERVE_ENVIRONMENT, ServiceArgs
+from actors.service_args import MOST_OPEN, PROXY_MARGIN, SERVE_ENVIRONMENT, ServiceArgs
 from crsm.config import EngineConfig, SamplingConfig
 from crsm.data.sequences import encode_prompt
 from crsm.engine import Engine
@@ -129,8 +129,9 @@ def serve_environment() -> Iterator[None]:
     # Before: it is not for this process, whose handles have no event loop to share. Serve looks when it is imported.
     import ray.serve  # noqa: F401
 
-    before = {name: os.environ.get(name) for name in SERVE_ENVIRONMENT}
-    os.environ.update(SERVE_ENVIRONMENT)
+    environment = {**SERVE_ENVIRONMENT, MOST_OPEN: str(Sizes().places + PROXY_MARGIN)}
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     try:
         yield
     finally:
@@ -207,22 +208,21 @@ class Bench:
 
     def first_tokens(self) -> list[Row]:
         sizes = self._sizes
-        asked = [Asked(prompt, sizes.answer) for prompt in self._prompts]
+        asked = [Asked(prompt, sizes.unpaced_tokens) for prompt in self._prompts]
         answers = asyncio.run(self.client.by_turns(asked, sizes.rounds, spread=1.0))
         times = _milliseconds(answer.first_token for answer in answers if answer.first)
         faults = self._check(answers, [mine for mine in asked for _ in range(sizes.rounds)])
-        rows = [
+        return [
             make_row(
-                f"{len(asked)} streams, as fast as it goes: first token, p{share:.0%}".replace("%", ""),
+                f"{len(asked)} streams of {sizes.unpaced_tokens:,} tokens, as fast as it goes: first token, {name}",
                 "ms",
                 1,
                 [percentile(times, share)],
                 note=_faults(faults),
                 **faults,
             )
-            for share in (0.5, 0.95)
+            for name, share in (("p50", 0.5), ("p95", 0.95))
         ]
-        return rows
 
     # ---------------------------------------------------------------- under load
 

@@ -170,3 +170,39 @@ def test_who_waits_for_a_replica_that_is_busy_goes_on_waiting(monkeypatch: pytes
     monkeypatch.setattr("actors.service_edge.PATIENCE", 0.05)
     sent, probes = waiting(answers_health=True)
     assert sent[0]["status"] == 200 and probes >= 2
+
+
+def test_more_requests_than_replicas_let_in_are_refused_at_the_door() -> None:
+    async def main() -> None:
+        go = asyncio.Event()
+
+        async def proxy(scope: Any, receive: Any, send: Any) -> None:
+            await go.wait()
+            for message in (start(), body(b"data: [DONE]\n\n")):
+                await send(message)
+
+        edge = Edge(proxy, most_open=2)
+
+        async def ask(path: str = "/v1/completions", method: str = "POST") -> list[Any]:
+            sent: list[Any] = []
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            async def receive() -> Any:
+                return await asyncio.Event().wait()
+
+            await edge({"type": "http", "path": path, "method": method, "headers": []}, receive, send)
+            return sent
+
+        served = [asyncio.ensure_future(ask()) for _ in range(2)]
+        others = [asyncio.ensure_future(ask("/v1/models", "GET")), asyncio.ensure_future(ask("/v1/crsm/check"))]
+        await asyncio.sleep(0)
+        refused = await ask("/v1/chat/completions")
+        assert refused[0]["status"] == 429 and (b"retry-after", b"1") in refused[0]["headers"]
+        assert error(refused)["code"] == "rate_limit_exceeded"
+        go.set()
+        assert all(sent[0]["status"] == 200 for sent in await asyncio.gather(*served, *others))
+        assert (await ask())[0]["status"] == 200
+
+    asyncio.run(main())
