@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -74,6 +75,8 @@ class Edge:
         self._app = app
         self._most_open = most_open or int(os.environ.get(MOST_OPEN, DEFAULT_MOST_OPEN))
         self._open = 0
+        self._heard_at = -math.inf
+        """When an answer of some replica's last began."""
         self._probe: asyncio.Task[bool] | None = None
         """One for all that wait."""
 
@@ -81,7 +84,7 @@ class Edge:
         if scope["type"] != "http" or scope["path"].startswith(SERVES_OWN):
             await self._app(scope, receive, send)
             return
-        response = _Response(send)
+        response = _Response(send, self._hear)
         headers = _own_headers(scope["headers"])
         if headers is None:
             await response.fail(ApiError(400, "x-request-id or x-session-id holds bytes outside of ASCII"))
@@ -103,11 +106,18 @@ class Edge:
             watch.cancel()
             client.served = True
             self._open -= generates
-        await response.settle(abandoned=client.sent_away.is_set())
+        await response.settle()
+
+    def _hear(self) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
 
     def _look_after(self, scope: Message, client: _Client, response: _Response) -> None:
         """Ends a request that has waited for long if there is nobody to answer it; else looks again later."""
         if client.served or response.begun:
+            return
+        events = asyncio.get_running_loop()
+        if events.time() - self._heard_at < PATIENCE:  # others are answered: it is only a long queue
+            events.call_later(PATIENCE, self._look_after, scope, client, response)
             return
         if self._probe is None:
             self._probe = asyncio.ensure_future(self._is_anybody_there(scope))
@@ -116,8 +126,9 @@ class Edge:
         def told(probe: asyncio.Task[bool]) -> None:
             if not client.served and not response.begun:
                 if probe.result():
-                    asyncio.get_running_loop().call_later(PATIENCE, self._look_after, scope, client, response)
+                    events.call_later(PATIENCE, self._look_after, scope, client, response)
                 else:
+                    response.abandon()
                     client.sent_away.set()
 
         self._probe.add_done_callback(told)
@@ -171,9 +182,14 @@ class _Client:
 class _Response:
     """One answer on its way out."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._started = self._complete = self._streams = False
+    def __init__(self, send: Send, hear: Callable[[], None]) -> None:
+        """
+        Args:
+            send: to the client.
+            hear: called when a replica's answer begins.
+        """
+        self._send, self._hear = send, hear
+        self._started = self._complete = self._streams = self._abandoned = False
         self._replaced: int | None = None
         """Status of an answer of the proxy's own, which is said in other words."""
 
@@ -181,7 +197,13 @@ class _Response:
     def begun(self) -> bool:
         return self._started or self._replaced is not None
 
+    def abandon(self) -> None:
+        """Nobody is there: an answer that comes after all comes too late."""
+        self._abandoned = True
+
     async def send(self, message: Message) -> None:
+        if self._abandoned:
+            return
         if message["type"] == "http.response.body":
             if self._replaced is not None:
                 return
@@ -191,22 +213,21 @@ class _Response:
             if message["status"] >= 400 and kind.startswith(b"text/plain"):
                 self._replaced = message["status"]
                 return
+            self._hear()
             self._started, self._streams = True, kind.startswith(b"text/event-stream")
             message["headers"] = _without_repeats(message["headers"])
         await self._send(message)
 
-    async def settle(self, *, abandoned: bool = False) -> None:
-        """Ends what the proxy has left unfinished. ``abandoned``: since nobody was there."""
+    async def settle(self) -> None:
+        """Ends what the proxy has left unfinished."""
         if self._replaced is not None:
             # 404: no application is routed to, since it has not begun or is about to end.
             status = {404: 503}.get(self._replaced, self._replaced)
             status = status if status in _ANSWERS else 500
             headers = {"Retry-After": "1"} if status in (429, 503) else None
             await self.fail(ApiError(status, _ANSWERS.get(status, "the server failed"), headers=headers))
-        elif abandoned and not self._started:
-            await self.fail(ABSENT)
         elif not self._started:
-            await self.fail(GONE)
+            await self.fail(ABSENT if self._abandoned else GONE)
         elif not self._complete and self._streams:
             await self._body(error_event(GONE) + DONE)
 

@@ -172,6 +172,42 @@ def test_who_waits_for_a_replica_that_is_busy_goes_on_waiting(monkeypatch: pytes
     assert sent[0]["status"] == 200 and probes >= 2
 
 
+def test_while_others_are_answered_nobody_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.service_edge.PATIENCE", 0.05)
+
+    async def main() -> None:
+        probes = 0
+
+        async def proxy(scope: Any, receive: Any, send: Any) -> None:
+            nonlocal probes
+            if scope["path"] == "/healthz":
+                probes += 1
+                return
+            await asyncio.sleep(0.4 if scope["path"] == "/v1/completions" else 0.0)
+            for message in (start(200, [(b"content-type", b"application/json")]), body(b"{}")):
+                await send(message)
+
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def nowhere(message: Any) -> None:
+            pass
+
+        async def receive() -> Any:
+            await asyncio.sleep(60)
+
+        edge = Edge(proxy)
+        slow = asyncio.ensure_future(edge(SCOPE, receive, send))
+        while not slow.done():
+            await edge({**SCOPE, "path": "/v1/models"}, receive, nowhere)
+            await asyncio.sleep(0.01)
+        assert probes == 0 and sent[0]["status"] == 200
+
+    asyncio.run(main())
+
+
 def test_more_requests_than_replicas_let_in_are_refused_at_the_door() -> None:
     async def main() -> None:
         go = asyncio.Event()
