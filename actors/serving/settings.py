@@ -44,7 +44,7 @@ class ServeSettings(Settings):
     max_state_seconds: Seconds = 86400.0
     stream_interval: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
     """Seconds between two events of a stream at least; what was said meanwhile comes together."""
-    events_per_second: Seconds = 400.0
+    events_per_second: Seconds = 200.0
     """Of all streams together, about: with more streams their events get rarer and larger."""
     api_keys: tuple[str, ...] = Field(default=(), repr=False)
     """Keys that are let in, beside those of ``api_key_file`` and ``CRSM_API_KEYS``; without any, everybody is."""
