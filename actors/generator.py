@@ -28,6 +28,7 @@ from typing import Any
 import ray
 
 from actors.decode_loop import Closed, DecodeLoop, Refused
+from actors.long_lived import freeze_memory
 from actors.planner import AS_TRAINED, PlannerActor, PlannerSettings
 from actors.pool import PoolStats
 from actors.pool_actor import start_pool
@@ -98,6 +99,7 @@ class GeneratorActor:
         self._park_seconds = engine.park_seconds
         self._max_planners = (planners.max_count or 0) if engine.clock == "wall" else 0
         self._decode = DecodeLoop(self._engine, self._streams.deliver)
+        freeze_memory()
         self._decode.start()
 
     async def generate(

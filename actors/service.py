@@ -28,6 +28,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 
 from actors.generator import start_generator, stop_generator
+from actors.long_lived import freeze_memory
 from actors.ray_backend import RayBackend
 from actors.service_args import ServiceArgs, check_exposure, parse_args
 from actors.service_metrics import Counts, GeneratorCounts, ServiceTelemetry
@@ -105,6 +106,7 @@ class Service:
                 f"the generator was not ready within start_seconds = {self._args.start_seconds:g}; has the cluster "
                 "the CPUs that it, its planners and a replica need?"
             ) from None
+        freeze_memory()
         self._tasks = [asyncio.create_task(self._look()), asyncio.create_task(self._visit())]
 
     def __serve_build_asgi_app__(self) -> FastAPI:

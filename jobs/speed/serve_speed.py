@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from actors.long_lived import freeze_memory
 from actors.service_args import MOST_OPEN, PROXY_MARGIN, SERVE_ENVIRONMENT, ServiceArgs
 from crsm.config import EngineConfig, SamplingConfig
 from crsm.data.sequences import encode_prompt
@@ -209,6 +210,7 @@ class Bench:
     def first_tokens(self) -> list[Row]:
         sizes = self._sizes
         asked = [Asked(prompt, sizes.unpaced_tokens) for prompt in self._prompts]
+        freeze_memory()  # the client's pauses are not the server's
         answers = asyncio.run(self.client.by_turns(asked, sizes.rounds, spread=1.0))
         times = _milliseconds(answer.first_token for answer in answers if answer.first)
         faults = self._check(answers, [mine for mine in asked for _ in range(sizes.rounds)])
