@@ -48,6 +48,9 @@ PROBE_SECONDS = 0.25
 QUIET_STEPS = 16
 """While nothing is asked for, planners are looked at so often: for their room."""
 
+FIRST_SECONDS = 10.0
+"""What is asked before anybody knows how long a token takes is worthless after this."""
+
 STALE_SECONDS = 0.01
 """What planners said longer ago than this is looked up again before they are asked: steps may be far apart."""
 
@@ -254,7 +257,7 @@ class Deliberation:
     def _times(
         self, generation: Generation, began: float, seconds_per_token: float | None
     ) -> tuple[float | None, float | None]:
-        """When the target's token is consumed, and when a plan for it is worthless; None: no saying."""
+        """When the target's token is consumed, and when a plan for it is worthless; None: not known, never."""
         if self._virtual:
             return None, None
         settings, pace = generation.request.deliberation, generation.request.pace
@@ -262,9 +265,9 @@ class Deliberation:
             # The known token is consumed at the next beat, the target `lag` beats later.
             target = generation.tick + 1 + settings.lag
             return began + time_of(target, pace), began + time_of(target + settings.max_lag, pace)
-        if seconds_per_token is None:
-            return None, None
         now = self._clock()
+        if seconds_per_token is None:
+            return None, now + FIRST_SECONDS
         deadline = now + (1 + settings.lag) * seconds_per_token
         return deadline, deadline + settings.max_lag * seconds_per_token
 

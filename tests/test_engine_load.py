@@ -216,6 +216,7 @@ def test_without_a_pace_deadlines_follow_the_speed_that_was_seen() -> None:
         asked_at += [clock.now] * (len(planners.requests) - before)
         clock.now += 0.02
     assert [r.deadline for r in planners.requests[:1]] == [None], "no interval was seen yet"
+    assert planners.requests[0].expires is not None, "a planner that hangs must not keep it for ever"
     for request, now in list(zip(planners.requests, asked_at, strict=True))[1:]:
         assert request.deadline == pytest.approx(now + 2 * 0.02) and request.expires == pytest.approx(now + 4 * 0.02)
 
