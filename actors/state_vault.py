@@ -13,7 +13,7 @@ It is not written to disk: the death of its process costs the states, and handle
 from __future__ import annotations
 
 import asyncio
-import pickle
+import copy
 import time
 from typing import Any
 
@@ -53,7 +53,7 @@ class StateVault:
             ValueError: ``seconds`` is not above 0, or the state is larger than the vault.
         """
         # Its arrays are views of a message that belongs to the sender's process.
-        return self._store.put(pickle.loads(pickle.dumps(saved)), seconds, owner)
+        return self._store.put(copy.deepcopy(saved), seconds, owner)
 
     async def get(self, handle: str, owner: str) -> tuple[SavedGeneration, StateHandle]:
         """A state, and what is left of its time.
