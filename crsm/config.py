@@ -8,24 +8,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from crsm.settings import AnySettings, Positive, Probability, Settings
+from crsm.task_config import Gsm8kConfig as Gsm8kConfig
+from crsm.task_config import PathStarConfig as PathStarConfig
+from crsm.task_config import TaskConfig as TaskConfig
+from crsm.task_config import TokenizerConfig as TokenizerConfig
+from crsm.task_config import TreePathConfig as TreePathConfig
+from crsm.training_config import AssemblyStageConfig as AssemblyStageConfig
+from crsm.training_config import BackboneStageConfig as BackboneStageConfig
+from crsm.training_config import DynamicsStageConfig as DynamicsStageConfig
+from crsm.training_config import JudgmentStageConfig as JudgmentStageConfig
+from crsm.training_config import OptimizerConfig as OptimizerConfig
+from crsm.training_config import StageConfig as StageConfig
+from crsm.training_config import TrainConfig as TrainConfig
 from crsm.types import Channel
-
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Settings(BaseModel):
-    """Base of every group of settings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
-
-
-AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 class BackboneConfig(Settings):
@@ -106,67 +107,6 @@ class ModelConfig(Settings):
                 "at least one"
             )
         return self
-
-
-class PathStarConfig(Settings):
-    """Star graph: arms from one centre, the goal at the end of one arm (arXiv 2403.06963)."""
-
-    name: Literal["path_star"] = "path_star"
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of the training mix."""
-    arms: Annotated[int, Field(ge=2)] = 3
-    length: Annotated[int, Field(ge=2)] = 4
-    """Nodes of an arm, the centre included."""
-    labels: Positive = 30
-    preamble: Annotated[int, Field(ge=0)] = 2
-    """Tokens said before the path: time to think."""
-
-    @model_validator(mode="after")
-    def _labels_suffice(self) -> PathStarConfig:
-        need = 1 + self.arms * (self.length - 1)
-        if self.labels < need:
-            raise ValueError(f"labels = {self.labels}; allowed: at least {need} for this graph")
-        return self
-
-
-class TreePathConfig(Settings):
-    """Complete binary tree; the answer is the path from the root to a goal leaf: several decisions in a row."""
-
-    name: Literal["tree_path"] = "tree_path"
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    depth: Annotated[int, Field(ge=1)] = 3
-    labels: Positive = 30
-    preamble: Annotated[int, Field(ge=0)] = 2
-
-    @model_validator(mode="after")
-    def _labels_suffice(self) -> TreePathConfig:
-        need = 2 ** (self.depth + 1) - 1
-        if self.labels < need:
-            raise ValueError(f"labels = {self.labels}; allowed: at least {need} for this tree")
-        return self
-
-
-class Gsm8kConfig(Settings):
-    """Grade-school word problems with worked steps (arXiv 2110.14168)."""
-
-    name: Literal["gsm8k"] = "gsm8k"
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    path: str | None = None
-    """A local jsonl; ``sample``: the 200 shipped problems; None: ``openai/gsm8k`` from the hub (extra ``hub``)."""
-    attempts_path: str | None = None
-    """A jsonl of model-made attempts with verdicts (fields ``question``, ``attempt``, ``correct``)."""
-    max_tokens: Positive = 256
-    """Problems whose text is longer are left out, and counted."""
-
-
-TaskConfig = Annotated[PathStarConfig | TreePathConfig | Gsm8kConfig, Field(discriminator="name")]
-
-
-class TokenizerConfig(Settings):
-    kind: Literal["closed", "bpe"] = "closed"
-    """``closed``: the words of the tasks, nothing else; ``bpe``: byte-level BPE trained on the tasks' text."""
-    vocab_size: Positive = 4096
-    """Entries of a BPE; a closed vocabulary has as many as the tasks need."""
 
 
 class SearchConfig(Settings):
@@ -305,109 +245,6 @@ class PlannersConfig(Settings):
         if self.max_count is not None and self.max_count < self.count:
             raise ValueError(f"planners.max_count = {self.max_count}; allowed: at least count = {self.count}")
         return self
-
-
-class OptimizerConfig(Settings):
-    lr: Annotated[float, Field(gt=0)] = 2e-3
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    """Global gradient norm."""
-    warmup: Annotated[int, Field(ge=0)] = 100
-    """Steps of linear warmup."""
-    schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
-    final_lr: Probability = 0.05
-    """Last learning rate as a share of ``lr``."""
-    wsd_decay: Probability = 0.2
-    """Share of the steps that a WSD schedule spends decaying."""
-    accumulate: Positive = 1
-    """Micro-batches per optimizer step."""
-    ema: Probability | None = None
-    """Decay of an exponential moving average of the weights; None: off."""
-
-
-class StageConfig(Settings):
-    """What all four stages share."""
-
-    steps: Positive
-    batch: Positive
-    """Sequences (stage 1, 4) or problems (stage 2) per optimizer step over all workers."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint_every: Positive = 250
-    evaluate_every: Positive = 250
-    evaluate_problems: Positive = 128
-    log_every: Positive = 25
-
-
-class BackboneStageConfig(StageConfig):
-    steps: Positive = 5000
-    batch: Positive = 64
-    value_weight: Annotated[float, Field(ge=0)] = 0.5
-    fusion_entropy: Annotated[float, Field(ge=0)] = 0.01
-    """Weight of the bonus on the entropy of the fusion weights."""
-    solution_share: Probability = 0.5
-    """Share of the sequences that hold the solution; the others hold an attempt."""
-    bootstrap_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of a first training on solutions alone, for open text without recorded attempts: the model that it gives
-    makes them. 0: none."""
-    bootstrap_problems: Positive = 1024
-    """Training problems at which the bootstrapped model makes an attempt each."""
-
-
-class DynamicsStageConfig(StageConfig):
-    steps: Positive = 700
-    batch: Positive = 24
-    attempts: Positive = 4
-    """Attempts per problem; the prompt is run once for all of them."""
-    unroll: Positive = 8
-    """K: steps of the world model from every root."""
-    roots: Positive | None = None
-    """Roots per sequence, drawn at random; None: every position of the answer."""
-    policy_weight: Annotated[float, Field(ge=0)] = 1.0
-    value_weight: Annotated[float, Field(ge=0)] = 2.0
-    cosine_weight: Annotated[float, Field(ge=0)] = 0.1
-    trust_kl: Annotated[float, Field(gt=0)] = 0.25
-    """The trust horizon is the last step whose mean policy KL (nats) and value error stay under these."""
-    trust_value_error: Annotated[float, Field(gt=0)] = 0.15
-
-
-class JudgmentStageConfig(StageConfig):
-    steps: Positive = 200
-    batch: Positive = 64
-    iterations: Positive = 1
-    """Rounds of roll-outs and training."""
-    problems: Positive = 512
-    """Problems per round, each rolled out by System 1 and by System 2."""
-    actors: Positive = 2
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    gate_accuracy: Probability = 0.90
-    """Pairwise branch accuracy below which stage 4 keeps its gates shut."""
-
-
-class AssemblyStageConfig(StageConfig):
-    steps: Positive = 1000
-    batch: Positive = 64
-    rates: tuple[Probability, ...] = (0.1, 0.2)
-    """α drawn in training."""
-    earlier_write: Probability = 0.5
-    """Share of states that already carry an earlier plan's write."""
-    after_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the KL to the uninjected backbone on the tokens after the plan."""
-    calibration_problems: Positive = 512
-    """Held-out problems that calibrate the gates."""
-
-
-class TrainConfig(Settings):
-    """Where and on what the stages run."""
-
-    workers: Positive = 1
-    threads: Annotated[int, Field(ge=0)] = 0
-    """Threads of torch per worker; 0: the machine's cores over the workers."""
-    use_gpu: bool = False
-    storage_path: str = "runs"
-    max_failures: Annotated[int, Field(ge=0)] = 1
-    """Restarts of a failed worker group before the job gives up."""
-    keep_checkpoints: Positive = 2
 
 
 class Config(Settings):

@@ -1,0 +1,112 @@
+"""Settings of the four stages, of their optimizer, and of where they run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from crsm.settings import Positive, Probability, Settings
+
+
+class OptimizerConfig(Settings):
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Global gradient norm."""
+    warmup: Annotated[int, Field(ge=0)] = 100
+    """Steps of linear warmup."""
+    schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    final_lr: Probability = 0.05
+    """Last learning rate as a share of ``lr``."""
+    wsd_decay: Probability = 0.2
+    """Share of the steps that a WSD schedule spends decaying."""
+    accumulate: Positive = 1
+    """Micro-batches per optimizer step."""
+    ema: Probability | None = None
+    """Decay of an exponential moving average of the weights; None: off."""
+
+
+class StageConfig(Settings):
+    """What all four stages share."""
+
+    steps: Positive
+    batch: Positive
+    """Sequences (stage 1, 4) or problems (stage 2) per optimizer step over all workers."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint_every: Positive = 250
+    evaluate_every: Positive = 250
+    evaluate_problems: Positive = 128
+    log_every: Positive = 25
+
+
+class BackboneStageConfig(StageConfig):
+    steps: Positive = 5000
+    batch: Positive = 64
+    value_weight: Annotated[float, Field(ge=0)] = 0.5
+    fusion_entropy: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the bonus on the entropy of the fusion weights."""
+    solution_share: Probability = 0.5
+    """Share of the sequences that hold the solution; the others hold an attempt."""
+    bootstrap_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of a first training on solutions alone, for open text without recorded attempts: the model that it gives
+    makes them. 0: none."""
+    bootstrap_problems: Positive = 1024
+    """Training problems at which the bootstrapped model makes an attempt each."""
+
+
+class DynamicsStageConfig(StageConfig):
+    steps: Positive = 700
+    batch: Positive = 24
+    attempts: Positive = 4
+    """Attempts per problem; the prompt is run once for all of them."""
+    unroll: Positive = 8
+    """K: steps of the world model from every root."""
+    roots: Positive | None = None
+    """Roots per sequence, drawn at random; None: every position of the answer."""
+    policy_weight: Annotated[float, Field(ge=0)] = 1.0
+    value_weight: Annotated[float, Field(ge=0)] = 2.0
+    cosine_weight: Annotated[float, Field(ge=0)] = 0.1
+    trust_kl: Annotated[float, Field(gt=0)] = 0.25
+    """The trust horizon is the last step whose mean policy KL (nats) and value error stay under these."""
+    trust_value_error: Annotated[float, Field(gt=0)] = 0.15
+
+
+class JudgmentStageConfig(StageConfig):
+    steps: Positive = 200
+    batch: Positive = 64
+    iterations: Positive = 1
+    """Rounds of roll-outs and training."""
+    problems: Positive = 512
+    """Problems per round, each rolled out by System 1 and by System 2."""
+    actors: Positive = 2
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    gate_accuracy: Probability = 0.90
+    """Pairwise branch accuracy below which stage 4 keeps its gates shut."""
+
+
+class AssemblyStageConfig(StageConfig):
+    steps: Positive = 1000
+    batch: Positive = 64
+    rates: tuple[Probability, ...] = (0.1, 0.2)
+    """α drawn in training."""
+    earlier_write: Probability = 0.5
+    """Share of states that already carry an earlier plan's write."""
+    after_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the KL to the uninjected backbone on the tokens after the plan."""
+    calibration_problems: Positive = 512
+    """Held-out problems that calibrate the gates."""
+
+
+class TrainConfig(Settings):
+    """Where and on what the stages run."""
+
+    workers: Positive = 1
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Threads of torch per worker; 0: the machine's cores over the workers."""
+    use_gpu: bool = False
+    storage_path: str = "runs"
+    max_failures: Annotated[int, Field(ge=0)] = 1
+    """Restarts of a failed worker group before the job gives up."""
+    keep_checkpoints: Positive = 2
