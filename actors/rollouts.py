@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -44,6 +44,7 @@ class RolloutJob:
     """Problem ``i`` of the stream is sampled with ``sampling_seed + i``."""
 
 
+Job = TypeVar("Job")
 Record = dict[str, Any]
 """``task``, ``split``, ``problem_seed``, ``index``, ``system``, ``prompt`` and ``answer`` (tokens), ``text``,
 ``correct``."""
@@ -93,7 +94,7 @@ def run_fleet(
     actors: int,
     on_done: Callable[[int, int], None] = lambda done, deaths: None,
 ) -> list[Record]:
-    """Gives jobs to actors, one at a time each, until all are done.
+    """Rolls out all jobs; the records in the order of the jobs.
 
     Args:
         jobs: what to do.
@@ -104,9 +105,36 @@ def run_fleet(
     Raises:
         RuntimeError: a job was given up after ``MAX_TRIES`` actors died over it.
     """
+    results: dict[int, list[Record]] = {}
+    finished = fleet_results(jobs, start_actor, actors, lambda actor, job: actor.roll_out.remote(job))
+    for index, records, deaths in finished:
+        results[index] = records
+        on_done(len(results), deaths)
+    return [record for index in range(len(jobs)) for record in results[index]]
+
+
+def fleet_results(
+    jobs: Sequence[Job],
+    start_actor: Callable[[], ActorHandle],
+    actors: int,
+    call: Callable[[ActorHandle, Job], Any],
+) -> Iterator[tuple[int, Any, int]]:
+    """Gives jobs to actors, one at a time each, until all are done; the results as they come.
+
+    Args:
+        jobs: what to do.
+        start_actor: makes an actor; called again for every one that dies.
+        actors: how many work at once.
+        call: gives a job to an actor; the reference to its result.
+
+    Yields:
+        A job's index, its result, and how many actors have died so far.
+
+    Raises:
+        RuntimeError: a job was given up after ``MAX_TRIES`` actors died over it.
+    """
     waiting = deque(range(len(jobs)))
     tries = [0] * len(jobs)
-    results: dict[int, list[Record]] = {}
     idle = [start_actor() for _ in range(min(actors, len(jobs)))]
     running: dict[Any, tuple[ActorHandle, int]] = {}
     deaths = 0
@@ -114,11 +142,11 @@ def run_fleet(
         while waiting or running:
             while waiting and idle:
                 actor, index = idle.pop(), waiting.popleft()
-                running[actor.roll_out.remote(jobs[index])] = (actor, index)
+                running[call(actor, jobs[index])] = (actor, index)
             (ready,), _ = ray.wait(list(running), num_returns=1)
             actor, index = running.pop(ready)
             try:
-                results[index] = ray.get(ready)
+                result = ray.get(ready)
             except RayActorError as error:
                 deaths += 1
                 tries[index] += 1
@@ -129,11 +157,10 @@ def run_fleet(
                 idle.append(start_actor())
             else:
                 idle.append(actor)
-            on_done(len(results), deaths)
+                yield index, result, deaths
     finally:
         for actor in [*idle, *(actor for actor, _ in running.values())]:
             _end(actor)
-    return [record for index in range(len(jobs)) for record in results[index]]
 
 
 def _end(actor: ActorHandle) -> None:

@@ -54,13 +54,27 @@ class Gsm8kConfig(Settings):
     weight: Annotated[float, Field(gt=0)] = 1.0
     path: str | None = None
     """A local jsonl; ``sample``: the 200 shipped problems; None: ``openai/gsm8k`` from the hub (extra ``hub``)."""
+    hub_split: Literal["train", "test"] = "train"
+    """What is read from the hub. The official test set is for evaluations alone."""
     attempts_path: str | None = None
     """A jsonl of model-made attempts with verdicts (fields ``question``, ``attempt``, ``correct``)."""
     max_tokens: Positive = 256
     """Problems whose text is longer are left out, and counted."""
 
 
-TaskConfig = Annotated[PathStarConfig | TreePathConfig | Gsm8kConfig, Field(discriminator="name")]
+class ArcConfig(Settings):
+    """Multiple-choice questions of grade-school science (arXiv 1803.05457)."""
+
+    name: Literal["arc_easy", "arc_challenge"] = "arc_easy"
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    path: str | None = None
+    """A folder of ``ARC-Easy-train.jsonl`` and so on; a jsonl, which is then the test split; None: ``allenai/ai2_arc``
+    from the hub (extra ``hub``)."""
+    max_tokens: Positive = 256
+    """Problems whose text is longer are left out of the training, and counted."""
+
+
+TaskConfig = Annotated[PathStarConfig | TreePathConfig | Gsm8kConfig | ArcConfig, Field(discriminator="name")]
 
 
 class TokenizerConfig(Settings):

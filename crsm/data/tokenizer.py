@@ -3,6 +3,9 @@
 Both are ``tokenizer.json`` files of the ``tokenizers`` library and share these conventions: ``<pad>`` is 0, ``<eos>``
 is 1, and each verdict is one token. A closed vocabulary refuses words that it does not know instead of mapping them
 all to one; a BPE has every byte, so it writes any text, and never reads a special token out of a user's text.
+
+A *foreign* tokenizer, a byte-level BPE that came with imported weights, has an end of text under a name of its own and
+no verdicts: its model can be asked and measured; training with verdicts needs a vocabulary that has them.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import codecs
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +45,11 @@ _VERDICTS: dict[Kind, tuple[str, str]] = {
 }
 _KIND_OF_MODEL: dict[str, Kind] = {"WordLevel": "closed", "BPE": "bpe"}
 
+_FOREIGN_ENDS = (EOS, "<|endoftext|>", "<|end_of_text|>", "</s>")
+_FOREIGN_PADS = (PAD, "<|padding|>", "<|pad|>")
+_NO_TEXT = "\N{REPLACEMENT CHARACTER}".encode()
+"""What a token says that only pads a foreign model's embedding."""
+
 # GPT-2's pattern, but for digits: each is a piece of its own, so that numbers are written the same way everywhere.
 _PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CORPUS_PROBLEMS = 10_000
@@ -70,22 +79,40 @@ class Tokenizer:
         self._tokens = [token for token, _ in sorted(self._ids.items(), key=lambda item: item[1])]
         if sorted(self._ids.values()) != list(range(len(self._ids))):
             raise ValueError(f"{source} has gaps between its token ids; allowed: 0 to n - 1, each once")
+        self.is_foreign = self.kind == "bpe" and (self._ids.get(PAD), self._ids.get(EOS)) != (0, 1)
+        verdicts = _VERDICTS[self.kind]
+        self.has_verdicts = all(token in self._ids for token in verdicts)
         specials = _SPECIALS[self.kind]
-        for index, token in enumerate(specials):
-            if self._ids.get(token) != index:
-                raise ValueError(f"{source} has {token!r} at id {self._ids.get(token)}; allowed: id {index}")
-        for token in _VERDICTS[self.kind]:
-            if token not in self._ids:
-                raise ValueError(
-                    f"{source} lacks the verdict token {token!r}; allowed: a vocabulary made by this project"
-                )
+        if self.is_foreign:
+            added = backend.get_added_tokens_decoder().values()
+            specials = tuple(token.content for token in added if token.special)
+            ends = [token for token in _FOREIGN_ENDS if token in specials]
+            if not ends:
+                raise ValueError(f"{source} has no end of text; allowed: a special token {' or '.join(_FOREIGN_ENDS)}")
+            self._eos = ends[0]
+            self._pad = next((token for token in _FOREIGN_PADS if token in specials), self._eos)
+            literal = [token.content for token in added]
+        else:
+            self._check_own(source, specials, verdicts)
+            self._pad, self._eos = specials[:2]
+            literal = list(specials)
         self._words = {token: i for token, i in self._ids.items() if token not in specials}
         self._bytes: list[bytes] = []
         if self.kind == "bpe":
             try:
-                self._bytes = _token_bytes(self._tokens, specials)
+                self._bytes = _token_bytes(self._tokens, literal)
             except KeyError as error:
                 raise ValueError(f"{source} writes {error.args[0]!r} in a token; allowed: a byte-level BPE") from None
+
+    def _check_own(self, source: str, specials: Sequence[str], verdicts: Sequence[str]) -> None:
+        for index, token in enumerate(specials):
+            if self._ids.get(token) != index:
+                raise ValueError(f"{source} has {token!r} at id {self._ids.get(token)}; allowed: id {index}")
+        for token in verdicts:
+            if token not in self._ids:
+                raise ValueError(
+                    f"{source} lacks the verdict token {token!r}; allowed: a vocabulary made by this project"
+                )
 
     @classmethod
     def closed(cls, words: Iterable[str]) -> Tokenizer:
@@ -180,19 +207,27 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        return self._ids[PAD]
+        return self._ids[self._pad]
 
     @property
     def eos_id(self) -> int:
-        return self._ids[EOS]
+        return self._ids[self._eos]
 
     @property
     def terminal_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the verdicts and the end of text, ascending."""
-        return tuple(sorted((self.eos_id, self.verdict_id(False), self.verdict_id(True))))
+        """Tokens that end an answer: the verdicts, if there are any, and the end of text, ascending."""
+        verdicts = (self.verdict_id(False), self.verdict_id(True)) if self.has_verdicts else ()
+        return tuple(sorted((self.eos_id, *verdicts)))
 
     def verdict_id(self, correct: bool) -> int:
-        """The token that claims an answer to be right, or wrong."""
+        """The token that claims an answer to be right, or wrong.
+
+        Raises:
+            ValueError: a foreign vocabulary has none.
+        """
+        if not self.has_verdicts:
+            lacking = " and ".join(map(repr, _VERDICTS[self.kind]))
+            raise ValueError(f"the tokenizer lacks the verdict tokens {lacking}; allowed: a vocabulary that has them")
         return self._ids[_VERDICTS[self.kind][bool(correct)]]
 
     def token(self, token_id: int) -> str:
@@ -225,6 +260,17 @@ class Tokenizer:
             raise ValueError(f"character {text[error.start]!a} is half of a surrogate pair; allowed: Unicode") from None
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
+    def encode_with_places(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of a text, and the character of the text at which each begins (white space before it not counted).
+
+        Raises:
+            ValueError: as :meth:`encode`.
+        """
+        ids = self.encode(text)
+        if self.kind == "closed":
+            return ids, [match.start() for match in re.finditer(r"\S+", text)]
+        return ids, [start for start, _ in self._backend.encode(text, add_special_tokens=False).offsets]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some tokens, special ones included; bytes that are not UTF-8 become replacement characters.
 
@@ -239,6 +285,8 @@ class Tokenizer:
         return StreamDecoder(self)
 
     def _piece(self, token_id: int) -> str | bytes:
+        if self.is_foreign and token_id >= len(self._tokens):
+            return _NO_TEXT
         if not 0 <= token_id < len(self._tokens):
             raise ValueError(f"token id {token_id}; allowed: 0 to {len(self._tokens) - 1}")
         return self._bytes[token_id] if self.kind == "bpe" else self._tokens[token_id]
@@ -304,11 +352,12 @@ def build_tokenizer(config: TokenizerConfig, tasks: Sequence[Task], seed: int = 
     return Tokenizer.train_bpe(texts, config.vocab_size)
 
 
-def _token_bytes(tokens: Sequence[str], specials: Sequence[str]) -> list[bytes]:
-    """The bytes behind each entry of a byte-level vocabulary, which writes every byte as a printable character."""
+def _token_bytes(tokens: Sequence[str], literal: Collection[str]) -> list[bytes]:
+    """The bytes behind each entry of a byte-level vocabulary, which writes every byte as a printable character, but for
+    the tokens that were added to it and stand as they are."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
     return [
-        token.encode() if token in specials else bytes(byte_of[character] for character in token) for token in tokens
+        token.encode() if token in literal else bytes(byte_of[character] for character in token) for token in tokens
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from crsm.config import Gsm8kConfig, PathStarConfig, TaskConfig, TreePathConfig
+from crsm.config import ArcConfig, Gsm8kConfig, PathStarConfig, TaskConfig, TreePathConfig
 from crsm.tasks.base import (
     EOS,
     PAD,
@@ -57,6 +57,10 @@ def build_task(config: TaskConfig) -> Task:
             from crsm.tasks.gsm8k import Gsm8k
 
             return Gsm8k(config)
+        case ArcConfig():
+            from crsm.tasks.arc import Arc
+
+            return Arc(config)
 
 
 def build_tasks(configs: Iterable[TaskConfig]) -> list[Task]:
