@@ -274,7 +274,7 @@ class Config(Settings):
     def _tasks_differ(self) -> Config:
         names = [task.label for task in self.tasks]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"tasks = {names}; allowed: at least one task, each name (or id) once")
+            raise ValueError(f"tasks = {names}; allowed: at least one task, each name once (two of a kind: with an id)")
         return self
 
 

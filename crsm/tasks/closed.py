@@ -2,9 +2,9 @@
 
     KIND given / asked = preamble answer verdict
 
-Every number, operator, cell and label is one word, and words are shared: a ``7`` is the same token as a node of a graph,
-as a number of countdown and as a cell of a maze. The first word names the kind, so that a model that has learned several
-need not guess; graphs come without one, as their form is told by the edges.
+Every number, operator, cell and label is one word, and words are shared: a ``7`` is the same token as a node of a
+graph, as a number of countdown and as a cell of a maze. The first word names the kind, so that a model that has learned
+several need not guess; graphs come without one, as their form is told by the edges.
 """
 
 from __future__ import annotations

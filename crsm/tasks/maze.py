@@ -3,9 +3,9 @@
     maze 0 E 1 SW 2 S … / 0 8 = the path 0 1 4 5 8 yes
     each cell and the sides on which it is open, in reading order
 
-Cells are numbered in reading order. Where to go next is known by looking up the cell that was entered, but at a junction
-every open side looks the same: only the dead end that follows tells. The maze is a spanning tree of the grid drawn with
-random weights, which has many junctions and short dead ends.
+Cells are numbered in reading order. Where to go next is known by looking up the cell that was entered, but at a
+junction every open side looks the same: only the dead end that follows tells. The maze is a spanning tree of the grid
+drawn with random weights, which has many junctions and short dead ends.
 
 A maze, its mirror images and its quarter turns are one problem.
 """
@@ -108,7 +108,8 @@ class Maze(ClosedTask):
         order = bits[2:].argsort()
         # Kruskal: walls fall in random order, but where they part what is already joined.
         root = list(range(count))
-        sides, neighbours = [0] * count, [[] for _ in range(count)]
+        sides = [0] * count
+        neighbours: list[list[int]] = [[] for _ in range(count)]
         fallen = []
         for wall in order.tolist():
             a, b, side_a, side_b = grid.walls[wall]
@@ -180,8 +181,8 @@ def _stray(neighbours: list[list[int]], path: list[int], at: int, rng: np.random
 @lru_cache(maxsize=16)
 def _grid(height: int, width: int) -> _Grid:
     cells_HW = np.arange(height * width).reshape(height, width)
-    across = [(a, b, 2, 8) for a, b in zip(cells_HW[:, :-1].ravel().tolist(), cells_HW[:, 1:].ravel().tolist())]
-    down = [(a, b, 4, 1) for a, b in zip(cells_HW[:-1].ravel().tolist(), cells_HW[1:].ravel().tolist())]
+    across = [(a, a + 1, 2, 8) for a in cells_HW[:, :-1].ravel().tolist()]
+    down = [(a, a + width, 4, 1) for a in cells_HW[:-1].ravel().tolist()]
     walls = (*across, *down)
     index_of = {frozenset(wall[:2]): index for index, wall in enumerate(walls)}
     turned = [cells_HW, cells_HW[::-1], cells_HW[:, ::-1], cells_HW[::-1, ::-1]]

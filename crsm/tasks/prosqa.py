@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import exp, factorial
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ class Prosqa(ClosedTask):
         return attempts
 
     def verify(self, problem: Problem, answer: str) -> bool:
-        """Whether the answer's last node is the target, and, if settings ask for it, each step an edge from the root."""
+        """Whether the last node is the target and, if settings ask for it, every step from the root an edge."""
         words = self._words_of(answer)
         data = problem.data
         if not words or len(words) > len(data["nodes"]) or not all(word in data["nodes"] for word in words):
@@ -138,9 +138,7 @@ class Prosqa(ClosedTask):
         if self._config.judge == "answer":
             return True
         nodes = [int(word) for word in words]
-        return nodes[0] == data["start"] and all(
-            v in data["children"].get(u, ()) for u, v in zip(nodes, nodes[1:], strict=False)
-        )
+        return nodes[0] == data["start"] and all(v in data["children"].get(u, ()) for u, v in pairwise(nodes))
 
     def _problem(self, question: Question, split: Split, bits: np.ndarray) -> Problem:
         """Names, order of statements and candidates, all by ``bits``."""

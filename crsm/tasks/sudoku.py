@@ -199,7 +199,7 @@ def _grids_of_4() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _masks_of_4() -> np.ndarray:
-    """For each two grids of size 4, the cells in which they differ, as bits; equal grids differ everywhere. (288, 288)"""
+    """For each two grids of size 4, the cells in which they differ, as bits; a grid and itself: everywhere. (288, 288)"""
     table = _grids_of_4()
     bits = (table[:, None] != table[None]) @ (1 << np.arange(16))
     np.fill_diagonal(bits, (1 << 16) - 1)
