@@ -162,7 +162,7 @@ def plan_jobs(settings: Config, index: int) -> list[RolloutJob]:
             for system in (2, 1):  # the longer work first
                 jobs.append(
                     RolloutJob(
-                        task=task.name,
+                        task=task.label,
                         split="train",
                         problem_seed=seed,
                         first=first,
