@@ -11,6 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from crsm.config import Config
 from crsm.evaluation.comparison import identical, run_system
 from crsm.evaluation.compute import Costs, costs
 from crsm.evaluation.solving import Run
+from crsm.metrics import PlanMetrics
 from crsm.model import Checkpoint, use_settings
 from crsm.tasks import Problem, Task, build_task
 from crsm.tasks.base import problems as draw_problems
@@ -70,6 +72,9 @@ class Tally:
 
 class Bench:
     """A checkpoint at which points are measured."""
+
+    hear: Callable[[PlanMetrics], None] | None = None
+    """Told what became of the plans of System 2."""
 
     def __init__(self, checkpoint: Checkpoint, task: str, problems: int) -> None:
         """
@@ -124,6 +129,8 @@ class Bench:
             self._system1[key] = run("system1")
         system1, system2 = self._system1[key], run("system2")
         price, metrics = costs(checkpoint.model), system2.metrics
+        if self.hear is not None:
+            self.hear(metrics)
         return Tally(
             correct=_verdicts(system2),
             system1_correct=_verdicts(system1),
