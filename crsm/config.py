@@ -14,8 +14,11 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from crsm.settings import AnySettings, Positive, Probability, Settings
+from crsm.task_config import ArcAgiConfig as ArcAgiConfig
+from crsm.task_config import ArithmeticConfig as ArithmeticConfig
 from crsm.task_config import CountdownConfig as CountdownConfig
 from crsm.task_config import Gsm8kConfig as Gsm8kConfig
+from crsm.task_config import GymConfig as GymConfig
 from crsm.task_config import MazeConfig as MazeConfig
 from crsm.task_config import PathStarConfig as PathStarConfig
 from crsm.task_config import ProsqaConfig as ProsqaConfig

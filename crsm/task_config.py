@@ -111,7 +111,7 @@ class SudokuConfig(TaskSettings):
     size: Literal[4, 6, 9] = 4
     """Boxes of 2 × 2, 2 × 3 or 3 × 3 cells."""
     givens: Positive | None = None
-    """Cells that are given, more where one solution needs more; None: 6, 14 or 36, by size."""
+    """Cells that are given, more where one solution needs more; None: 4, 14 or 36, by size."""
     preamble: Preamble = 2
 
     @model_validator(mode="after")
@@ -152,6 +152,57 @@ class ProsqaConfig(TaskSettings):
         return self
 
 
+class ArithmeticConfig(TaskSettings):
+    """Expressions, worked out step by step."""
+
+    name: Literal["arithmetic"] = "arithmetic"
+    style: Literal["words", "marks"] = "words"
+    """``words``: closed vocabulary, steps as in countdown; ``marks``: open text with calculator marks, as in GSM8K."""
+    min_operations: Annotated[int, Field(ge=1, le=12)] = 2
+    max_operations: Annotated[int, Field(ge=1, le=12)] = 3
+    max_number: Positive = 12
+    max_value: Annotated[int, Field(ge=2, le=99_999)] = 99
+    """Largest result of a step; in words, each number up to it is one."""
+    max_tokens: Positive = 256
+    """Of open text: problems whose text is longer are left out."""
+    preamble: Preamble = 2
+
+    @model_validator(mode="after")
+    def _values_are_ordered(self) -> ArithmeticConfig:
+        if self.max_operations < self.min_operations:
+            least = self.min_operations
+            raise ValueError(f"max_operations = {self.max_operations}; allowed: at least min_operations = {least}")
+        if self.max_number > self.max_value:
+            raise ValueError(f"max_number = {self.max_number}; allowed: at most max_value = {self.max_value}")
+        return self
+
+
+class ArcAgiConfig(TaskSettings):
+    """Grids that are changed by a rule, of which a few examples are shown (ARC-AGI-1, arXiv 1911.01547)."""
+
+    name: Literal["arc_agi"] = "arc_agi"
+    path: str = "sample"
+    """A jsonl with one task a line, or a folder of the public repository; ``sample``: the shipped tasks."""
+    augment: bool = True
+    """Training problems with other colours, turned or mirrored, their pairs in another order and any one asked."""
+    max_tokens: Positive = 1024
+    """Problems whose text is longer are left out, and counted."""
+
+
+class GymConfig(TaskSettings):
+    """A task of reasoning-gym (extra ``gym``), whose scorer runs in a child process with limits."""
+
+    name: Literal["gym"] = "gym"
+    dataset: str = "chain_sum"
+    """Its name there; one of those that are known to score soundly."""
+    seconds: Annotated[float, Field(gt=0)] = 2.0
+    """For scoring one answer."""
+    memory_mb: Annotated[int, Field(ge=64)] = 1024
+    """Address space that scoring may add."""
+    max_tokens: Positive = 256
+    """Problems whose text is longer are left out."""
+
+
 class Gsm8kConfig(TaskSettings):
     """Grade-school word problems with worked steps (arXiv 2110.14168)."""
 
@@ -165,7 +216,16 @@ class Gsm8kConfig(TaskSettings):
 
 
 TaskConfig = Annotated[
-    PathStarConfig | TreePathConfig | CountdownConfig | MazeConfig | SudokuConfig | ProsqaConfig | Gsm8kConfig,
+    PathStarConfig
+    | TreePathConfig
+    | CountdownConfig
+    | MazeConfig
+    | SudokuConfig
+    | ProsqaConfig
+    | ArithmeticConfig
+    | ArcAgiConfig
+    | GymConfig
+    | Gsm8kConfig,
     Field(discriminator="name"),
 ]
 

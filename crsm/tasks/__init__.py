@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from crsm.config import (
+    ArcAgiConfig,
+    ArithmeticConfig,
     CountdownConfig,
     Gsm8kConfig,
+    GymConfig,
     MazeConfig,
     PathStarConfig,
     ProsqaConfig,
@@ -78,6 +81,18 @@ def build_task(config: TaskConfig) -> Task:
             from crsm.tasks.prosqa import Prosqa
 
             return Prosqa(config)
+        case ArithmeticConfig():
+            from crsm.tasks.arithmetic import Arithmetic
+
+            return Arithmetic(config)
+        case ArcAgiConfig():
+            from crsm.tasks.arc_agi import ArcAgi
+
+            return ArcAgi(config)
+        case GymConfig():
+            from crsm.tasks.gym import Gym
+
+            return Gym(config)
         case Gsm8kConfig():
             from crsm.tasks.gsm8k import Gsm8k
 

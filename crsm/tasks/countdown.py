@@ -109,7 +109,7 @@ class Countdown(ClosedTask):
                 if number not in left:
                     return False
                 left.remove(number)
-            applied = _apply(a, words[start + 1], b)
+            applied = apply(a, words[start + 1], b)
             if applied is None or applied != claimed:
                 return False
             result = applied
@@ -146,7 +146,7 @@ def legal_steps(numbers: tuple[int, ...], max_value: int) -> tuple[Step, ...]:
             a = numbers[high]
             others = numbers[:low] + numbers[low + 1 : high] + numbers[high + 1 :]
             for operator in OPERATORS:
-                result = _apply(a, operator, b)
+                result = apply(a, operator, b)
                 if (a, operator, b) in found or result is None or not 1 <= result <= max_value:
                     continue
                 if operator == "//" and b == 1:
@@ -186,13 +186,13 @@ def _play(numbers: tuple[int, ...], max_value: int, bits: list[int]) -> list[Ste
     return line
 
 
-def _apply(a: int, operator: str, b: int) -> int | None:
-    """The result of one operation, None where it is not allowed."""
+def apply(a: int, operator: str, b: int, least: int = 1) -> int | None:
+    """The result of one operation, None where it is not whole or a difference below ``least``."""
     match operator:
         case "+":
             return a + b
         case "-":
-            return a - b if a > b else None
+            return a - b if a - b >= least else None
         case "*":
             return a * b
         case "//":

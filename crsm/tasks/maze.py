@@ -67,7 +67,7 @@ class Maze(ClosedTask):
         return ["/", "=", VERDICT_RIGHT, VERDICT_WRONG, *PATH_PREAMBLE, "maze", *OPEN_SIDES, *cells]
 
     def generate(self, seed: int, split: Split, index: int) -> Problem:
-        """A random spanning tree with a random start, and a goal at a distance that the settings allow."""
+        """A random spanning tree with a random start, and a goal at an allowed distance with a junction on the way."""
         maze = draw_in_split(
             lambda trial: self._draw(self.name, seed, split, index, trial), lambda drawn: drawn.key, split, self.name
         )
@@ -130,7 +130,7 @@ class Maze(ClosedTask):
                 if len(fallen) == count - 1:
                     break
         path = self._way(neighbours, int(bits[0] % np.uint64(count)), int(bits[1]))
-        return _Maze(sides, neighbours, path, self._key(fallen, path) if path else None)
+        return _Maze(sides, neighbours, path, self._key(fallen, path) if _junctions(neighbours, path) else None)
 
     def _way(self, neighbours: list[list[int]], start: int, bits: int) -> list[int]:
         """The way to one of the cells at an allowed distance; empty if there is none."""

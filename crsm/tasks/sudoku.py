@@ -28,7 +28,7 @@ from crsm.tasks.base import (
 )
 from crsm.tasks.closed import PREAMBLE, ClosedTask
 
-_DEFAULT_GIVENS = {4: 6, 6: 14, 9: 36}
+_DEFAULT_GIVENS = {4: 4, 6: 14, 9: 36}
 _BOX = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 """Height and width of a box."""
 
@@ -199,7 +199,7 @@ def _grids_of_4() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _masks_of_4() -> np.ndarray:
-    """For each two grids of size 4, the cells in which they differ, as bits; a grid and itself: everywhere. (288, 288)"""
+    """The cells in which two grids of size 4 differ, as bits; all for a grid and itself. (288, 288)"""
     table = _grids_of_4()
     bits = (table[:, None] != table[None]) @ (1 << np.arange(16))
     np.fill_diagonal(bits, (1 << 16) - 1)
