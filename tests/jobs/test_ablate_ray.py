@@ -88,8 +88,8 @@ def without_ray(tmp_path):
     ]
 
 
-def trial_processes(parent):
-    """Processes below another one that run trials; the name is that of Tune's wrapper."""
+def trial_processes(parent, doing=""):
+    """Processes below another one that run trials; the name is that of Tune's wrapper, and of what it is called for."""
     parents, names = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -102,7 +102,7 @@ def trial_processes(parent):
         ancestor = pid
         while ancestor in parents and ancestor != parent:
             ancestor = parents[ancestor]
-        if ancestor == parent and name.startswith("ray::ResourceTrainable"):
+        if ancestor == parent and name.startswith("ray::ResourceTrainable") and doing in name:
             found.append(pid)
     return found
 
@@ -166,16 +166,16 @@ def two_nodes():
 
 @pytest.mark.slow
 def test_a_sweep_that_loses_a_node_ends_with_the_same_table_row_for_row(sweep, two_nodes, tmp_path):
-    from ray._private.state import available_resources_per_node
-
     cluster, other = two_nodes
     folder = tmp_path / "out"
+    (raylet,) = (found.process.pid for found in other.all_processes["raylet"])
     process = sweep("--output", folder, "--set", "ablation.seeds=[1, 2]", RAY_ADDRESS=cluster.address)
     try:
-        wait_until(lambda: len(read_records(folder)) >= 2, process)
-        wait_until(lambda: available_resources_per_node()[other.node_id].get("CPU", 0.0) == 0.0, process)
-        cluster.remove_node(other, allow_graceful=False)
+        # One that is at work is stopped, so that it is surely not done when its node is lost.
+        (busy, *_) = wait_until(lambda: trial_processes(raylet, doing=".train"), process)
+        os.kill(busy, signal.SIGSTOP)
         left = len(read_records(folder))
+        cluster.remove_node(other, allow_graceful=False)
         status, results, err = finish(process)
     finally:
         process.kill()
