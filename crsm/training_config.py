@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from crsm.settings import Positive, Probability, Settings
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
 
 class OptimizerConfig(Settings):
     lr: Annotated[float, Field(gt=0)] = 2e-3
@@ -115,6 +117,8 @@ class TrainConfig(Settings):
     max_failures: Annotated[int, Field(ge=0)] = 1
     """Restarts of a failed worker group before the job gives up; what a preempted node breaks is not counted."""
     keep_checkpoints: Positive = 2
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where the curves go; ``wandb`` and ``mlflow`` need the extras of these names."""
 
     @model_validator(mode="after")
     def _at_most_all_workers(self) -> TrainConfig:
