@@ -231,7 +231,16 @@ TaskConfig = Annotated[
 
 
 class TokenizerConfig(Settings):
-    kind: Literal["closed", "bpe"] = "closed"
-    """``closed``: the words of the tasks, nothing else; ``bpe``: byte-level BPE trained on the tasks' text."""
+    kind: Literal["closed", "bpe", "file"] = "closed"
+    """``closed``: the words of the tasks, nothing else; ``bpe``: byte-level BPE trained on the tasks' text; ``file``: the
+    byte-level BPE of a ``tokenizer.json``, as the preparation of data leaves one beside its shards."""
+    path: str | None = None
+    """Of the ``file``."""
     vocab_size: Positive = 4096
-    """Entries of a BPE; a closed vocabulary has as many as the tasks need."""
+    """Entries of a BPE; a closed vocabulary has as many as the tasks need, a file as many as it has."""
+
+    @model_validator(mode="after")
+    def _path_fits(self) -> TokenizerConfig:
+        if (self.kind == "file") != (self.path is not None):
+            raise ValueError(f"path = {self.path!r} with kind = {self.kind!r}; allowed: a path for 'file', none else")
+        return self
