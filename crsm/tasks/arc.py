@@ -47,7 +47,7 @@ class Arc:
     has_attempts = True
 
     def __init__(self, config: ArcConfig) -> None:
-        self.name: str = config.name
+        self.name = config.label
         self.weight = config.weight
         self.max_tokens: int | None = config.max_tokens
         self._problems: dict[Split, list[Problem]] = {split: [] for split in get_args(Split)}

@@ -169,7 +169,7 @@ def _without(token: str, tokenizer: Tokenizer) -> str:
         ("{}", "holds no tokenizer model"),
         ('{"model": {}}', "is not a tokenizer.json"),
         (tokenizers.Tokenizer(tokenizers.models.Unigram()).to_str(), "is a Unigram model; allowed: WordLevel, BPE"),
-        (tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(), "has no end of text; allowed: a special token"),
+        (tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(), "has '<pad>' at id None; allowed: id 0"),
         (_without("<eos>", CLOSED), "has '<eos>' at id None; allowed: id 1"),
         (_without("yes", CLOSED), "lacks the verdict token 'yes'"),
         (_without("<wrong>", BPE), "has '<wrong>' at id None; allowed: id 3"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -59,8 +59,8 @@ class BenchmarkConfig(Settings):
             raise ValueError("path = None; allowed: a txt or jsonl file for the benchmark 'text'")
         if self.path is not None and (self.task is not None or self.name in known_tasks()):
             raise ValueError(f"path = {self.path!r}; allowed: None, and task: {{name: …, path: …}} for a task's data")
-        if self.task is not None and self.name not in (self.task.name, getattr(self.task, "label", None)):
-            raise ValueError(f"task.name = {self.task.name!r}; allowed: {self.name!r}, the benchmark's")
+        if self.task is not None and self.name != self.task.label:
+            raise ValueError(f"task.name = {self.task.label!r}; allowed: {self.name!r}, the benchmark's")
         return self
 
 
@@ -94,7 +94,7 @@ def pick_benchmark(settings: EvaluationConfig, config: Config, name: str) -> Ben
     Raises:
         ValueError: there is no such benchmark; those there are, are listed.
     """
-    tasks = {_label(task): task for task in config.tasks}
+    tasks = {task.label: task for task in config.tasks}
     found = next((benchmark for benchmark in settings.benchmarks if benchmark.name == name), None)
     if name != TEXT and name not in {*known_tasks(), *tasks} and (found is None or not (found.task or found.path)):
         allowed = sorted({*known_tasks(), *tasks, *(benchmark.name for benchmark in settings.benchmarks), TEXT})
@@ -105,10 +105,6 @@ def pick_benchmark(settings: EvaluationConfig, config: Config, name: str) -> Ben
         return found
     task = tasks.get(name) or parse_settings(_AnyTask, {"task": {"name": name}}, f"benchmark {name!r}").task
     return found.model_copy(update={"task": task})
-
-
-def _label(task: Any) -> str:
-    return str(getattr(task, "label", task.name))
 
 
 class _AnyTask(Settings):
