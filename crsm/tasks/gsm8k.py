@@ -24,6 +24,7 @@ import numpy as np
 
 from crsm.config import Gsm8kConfig
 from crsm.tasks.base import Attempt, Problem, Split, cut_special, keyed_rng, split_of
+from crsm.tasks.calculator import marks_are_true
 
 SAMPLE_PATH = Path(__file__).parent.parent / "assets" / "gsm8k_sample.jsonl"
 """200 problems, one in every 37 of the training file; see the licence notice beside it."""
@@ -52,6 +53,8 @@ class Gsm8k:
         seen: set[str] = set()
         for where, record in _records(config.path):
             problem = _problem(record, where)
+            if config.true_marks and not marks_are_true(problem.solution):
+                continue
             if problem.key not in seen:
                 seen.add(problem.key)
                 self._problems[problem.split].append(problem)
