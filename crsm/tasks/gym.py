@@ -51,7 +51,7 @@ class Gym:
         self.weight = config.weight
         self.max_tokens: int | None = config.max_tokens
         self._dataset = config.dataset
-        self._sandbox = Sandbox("crsm.tasks.gym:score", config.seconds, config.memory_mb)
+        self._sandbox = Sandbox("crsm.tasks.gym_scorer:score", config.seconds, config.memory_mb)
         _library()
 
     def words(self) -> list[str]:
@@ -106,20 +106,9 @@ class Gym:
         return []
 
 
-def score(payload: dict[str, Any]) -> float:
-    """The library's score of an answer to the first problem of a seed. Runs in a child process."""
-    dataset, entry = _made(payload["dataset"], payload["seed"])
-    return float(dataset.score_answer(payload["answer"], entry))
-
-
 def _entry(name: str, seed: int) -> dict[str, Any]:
-    return _made(name, seed)[1]
-
-
-def _made(name: str, seed: int) -> tuple[Any, dict[str, Any]]:
-    dataset = _library().create_dataset(name, seed=seed, size=1)
-    entry: dict[str, Any] = dataset[0]
-    return dataset, entry
+    entry: dict[str, Any] = _library().create_dataset(name, seed=seed, size=1)[0]
+    return entry
 
 
 def _changed(right: str, other: str, rng: np.random.Generator) -> str:

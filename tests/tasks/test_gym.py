@@ -82,7 +82,7 @@ def test_the_scorer_says_what_else_is_right(chain_sum) -> None:
 def test_a_scorer_of_the_library_that_runs_text_is_stopped() -> None:
     library = pytest.importorskip("reasoning_gym")
     assert "countdown" not in ALLOWED
-    sandbox = Sandbox("crsm.tasks.gym:score", 3.0, 512)
+    sandbox = Sandbox("crsm.tasks.gym_scorer:score", 1.0, 512)
     right = library.create_dataset("countdown", seed=5, size=1)[0]["answer"]
     assert sandbox.score({"dataset": "countdown", "seed": 5, "answer": right}) == Verdict(1.0)
     verdict = sandbox.score({"dataset": "countdown", "seed": 5, "answer": "9**9**9**9"})
