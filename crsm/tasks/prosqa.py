@@ -42,8 +42,8 @@ _DEPTH_WEIGHT = 1.5
 """How much likelier a node of one more level is to become a parent."""
 _APART = 0.35
 """Share of nodes that do not descend from the second node, and the same of the first."""
-_FAR = 0.6
-"""Share of problems whose distance is drawn uniformly, and not among targets."""
+_FAR = 0.7
+"""Share of problems that ask for one of the farthest targets, and not for any."""
 _MAX_PARENTS = 8
 
 _UNIT = 2.0**-64
@@ -240,7 +240,7 @@ def _grow(config: ProsqaConfig, random_bits: list[int]) -> Question | None:
                 if kind == 2 or not of & (2, 1)[kind]:
                     nodes.append(node)
                     sums.append(sums[-1] + weight)
-        return _ask(config, edges, descent, next(bits), next(bits), next(bits), next(bits))
+        return _ask(config, edges, descent, next(bits), next(bits), next(bits))
     except StopIteration:
         return None
 
@@ -270,10 +270,10 @@ def _ask(config: ProsqaConfig, edges: Edges, descent: list[int], *bits: int) -> 
         return None
     pairs = [pair for steps in sorted(found) for pair in found[steps]]
     if bits[0] * _UNIT < _FAR:
-        pairs = found[sorted(found)[bits[1] % len(found)]]
-    root, target = pairs[bits[2] % len(pairs)]
+        pairs = found[max(found)]
+    root, target = pairs[bits[1] % len(pairs)]
     others = [number[node] for node in used[2:] if descent[node] == 2 - root and not children[number[node]]]
-    return Question(edges, root, target, others[bits[3] % len(others)])
+    return Question(edges, root, target, others[bits[2] % len(others)])
 
 
 def _question(record: Any, where: str, labels: int) -> Question:
