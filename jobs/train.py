@@ -19,6 +19,7 @@ from jobs import train_worker
 from jobs.command import commit
 from jobs.runs import MARKER, STAGES, Outcome, Work, fingerprint, read_report, resolve, run_folder, within_reach
 from jobs.storage import StoragePath
+from jobs.trackers import check_trackers
 from jobs.train_progress import failure_callback, start_board, watched
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def train_stage(
         fingerprint=fingerprint(stage, config, source, rollouts),
         commit=commit(),
     )
+    check_trackers(config.train.trackers, "train.trackers", folder.local is not None)
     folder.check_writable()
     begun = folder / "run.json"
     if begun.is_file():
