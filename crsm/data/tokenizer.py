@@ -86,8 +86,8 @@ class Tokenizer:
         for token in (PAD, *_VERDICTS[self.kind]):
             if token not in self._ids:
                 raise ValueError(
-                    f"{source} lacks the {'verdict ' * (token != PAD)}token {token!r}; allowed: a vocabulary made by this "
-                    "project, or one adopted by it (tokenizer.kind = 'file')"
+                    f"{source} lacks the {'verdict ' * (token != PAD)}token {token!r}; allowed: a vocabulary made by "
+                    "this project, or one adopted by it (tokenizer.kind = 'file')"
                 )
         self._words = {token: i for token, i in self._ids.items() if token not in specials}
         self._bytes: list[bytes] = []
