@@ -248,8 +248,8 @@ TaskConfig = Annotated[
 
 class TokenizerConfig(Settings):
     kind: Literal["closed", "bpe", "file"] = "closed"
-    """``closed``: the words of the tasks, nothing else; ``bpe``: byte-level BPE trained on the tasks' text; ``file``: the
-    byte-level BPE of a ``tokenizer.json``, as the preparation of data leaves one beside its shards."""
+    """``closed``: the words of the tasks, nothing else; ``bpe``: byte-level BPE trained on the tasks' text; ``file``:
+    the byte-level BPE of a ``tokenizer.json``, as the preparation of data leaves one beside its shards."""
     path: str | None = None
     """Of the ``file``."""
     vocab_size: Positive = 4096

@@ -1,14 +1,15 @@
 """Text into shards of tokens on Ray Data: cleaned, without duplicates, and without what models are evaluated on.
 
-:mod:`crsm.data.preparation` says what is done; here it is spread over a cluster. One task reads an input and streams its
-parts, others clean them; later others encode them. A part is small, and no more of them are under way than there are
-workers, so memory does not grow with the data. Tasks hand back counts: what they make are files in the output folder,
-which every node must see.
+:mod:`crsm.data.preparation` says what is done; here it is spread over a cluster. One task reads an input and streams
+its parts, others clean them; later others encode them. A part is small, and only as many are under way as the object
+store has room for, so memory does not grow with the data. Tasks hand back counts: what they make are files in the
+output folder, which every node must see.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import shutil
@@ -130,9 +131,14 @@ class RayExecutor:
         data, shared = self._share((plan, contamination))
         blocks = [{"input": pickle.dumps(given)} for given in inputs]
         parts = data.from_items(blocks, override_num_blocks=len(blocks)).flat_map(
-            _read, fn_kwargs=shared, num_cpus=_READ_CPUS, concurrency=min(self.workers, len(inputs))
+            _read,
+            fn_kwargs=shared,
+            num_cpus=_READ_CPUS,
+            compute=data.TaskPoolStrategy(size=min(self.workers, len(inputs))),
         )
-        for row in _rows(parts.map(_clean, fn_kwargs=shared, num_cpus=1, concurrency=self.workers)):
+        for row in _rows(
+            parts.map(_clean, fn_kwargs=shared, num_cpus=1, compute=data.TaskPoolStrategy(size=self.workers))
+        ):
             yield pickle.loads(row)
 
     def encode(self, plan: Plan, keys: list[str]) -> Iterator[str]:
@@ -140,7 +146,9 @@ class RayExecutor:
             return
         data, shared = self._share((plan,))
         parts = data.from_items([{"key": key} for key in keys], override_num_blocks=len(keys))
-        for row in _rows(parts.map(_encode, fn_kwargs=shared, num_cpus=1, concurrency=self.workers)):
+        for row in _rows(
+            parts.map(_encode, fn_kwargs=shared, num_cpus=1, compute=data.TaskPoolStrategy(size=self.workers))
+        ):
             yield row.decode()
 
     def _share(self, value: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
@@ -156,7 +164,6 @@ class RayExecutor:
 @contextlib.contextmanager
 def _session(workers: int) -> Iterator[Any]:
     # Ray Data's own bars and notes would come between ours.
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from actors.cluster import start_ray
 
@@ -164,6 +171,7 @@ def _session(workers: int) -> Iterator[Any]:
     with start_ray(num_cpus=workers + 1, object_store_memory=store):
         import ray.data
 
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -177,7 +185,7 @@ def _rows(dataset: Any) -> Iterator[bytes]:
     Raises:
         ValueError, OSError: a task's; Ray Data would wrap it up in pages of its own.
     """
-    for row in dataset.iter_rows(prefetch_batches=0):
+    for row in dataset.iter_rows():
         if row["error"]:
             kind, message = pickle.loads(row["error"])
             raise kind(message)
