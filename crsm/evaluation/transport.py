@@ -50,7 +50,7 @@ def transport_errors(
         A row per number of tokens and layer: ``carried``, the error of δ times the decays of the written run, which is
         what is withdrawn later; ``fixed``, of δ times ``FIXED_DECAY`` per token; ``raw``, of δ as it was;
         ``late_write``, of the write carried by the decays of the run without it and injected late, as the engine does
-        it; ``withdrawn``, what is left after the withdrawal; ``cut``, share of the heads that the withdrawal had to clip;
+        it; ``withdrawn``, what is left after the withdrawal; ``cut``, share of the heads that it had to clip;
         ``norm_written`` and ``norm_withdrawn``, mean norm of a head before and after it, over that without the write.
     """
     model, length = checkpoint.model, checkpoint.config.deliberation.plan_length

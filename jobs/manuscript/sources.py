@@ -47,6 +47,13 @@ class Source:
 _BENCHMARK = "python -m jobs.benchmark_reasoning --checkpoint nano --problems 500 --seed 7"
 HYPOTHESES = (1, 2, 4, 8)
 TASKS = ("path_star", "tree_path")
+VARIANTS = (
+    ("left_in", "deliberation.withdraw=false", "older writes left in"),
+    ("rate_strong", "deliberation.injection_rate=0.2", "four times the injection rate"),
+    ("rate_excess", "deliberation.injection_rate=0.5", "ten times the injection rate"),
+    ("policy_channel", "deliberation.channel=policy", "the plan's policy mixed into the logits instead"),
+)
+"""System 2 with one setting changed, a plan at every token."""
 
 
 def _sources() -> Iterable[Source]:
@@ -81,6 +88,13 @@ def _sources() -> Iterable[Source]:
                 f"hypotheses_{task}_{count}",
                 f"{_BENCHMARK} --task {task} --lag 2 --controls none --set deliberation.hypotheses={count}",
                 f"hit rate with {count} assumed future{'s' if count > 1 else ''}, {task.replace('_', '-')}",
+            )
+    for name, setting, what in VARIANTS:
+        for task in TASKS:
+            yield Source(
+                f"{name}_{task}",
+                f"{_BENCHMARK} --task {task} --lag 0,1,2 --controls none --set {setting}",
+                f"{what}, {task.replace('_', '-')}",
             )
     yield Source("planners", "python -m jobs.simulate_pool", "hit rate against planners, simulated")
     yield Source(
