@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.manuscript.sources import HYPOTHESES, SOURCES, TASKS, Record
+from jobs.manuscript.sources import HYPOTHESES, SOURCES, TASKS, VARIANTS, Record
 
 Results = Mapping[str, Record]
 Value = Callable[[Any], str]
@@ -247,6 +247,10 @@ def _add_reasoning(add: Add) -> None:
         add(f"TreePathLag{digit(lag)}", "tree_path_lags", system("tree_path", lag, "system2")[1])
     add("TreePathHitsLagSix", "tree_path_lags", lambda r: short(at_lag(r["results"], 6)["plan_hit_rate"]))
     for task in TASKS:
+        for variant, _, _ in VARIANTS:
+            for lag in (0, 1, 2):
+                name = f"{word(variant)}{word(task)}Lag{digit(lag)}"
+                add(name, f"{variant}_{task}", system(task, lag, "system2")[1])
         for hypotheses in HYPOTHESES:
             add(
                 f"{word(task)}Hits{digit(hypotheses)}",

@@ -19,8 +19,12 @@ ALLOWED = (
     r"0.9^k",  # a rule of thumb that is compared with
     r"1/3",  # chance of one arm of three
     r"1/8",  # of one leaf of eight
-    r"50 tokens",  # the pace of the live measurement: a setting
-    r"\times10^{-5}",
+    # Settings of measurements, and sizes of what is measured.
+    r"50 tokens",
+    r"20~tokens",
+    r"64~trees",
+    r"32~streams",
+    r"1.3~billion",
 )
 LATEX = frozenset(
     {
@@ -49,7 +53,7 @@ LATEX = frozenset(
 """Capital commands that are LaTeX's own, or defined in ``main.tex``."""
 
 _REFERENCES = re.compile(
-    r"\\(?:label|ref|eqref|pageref|cite[pt]?|input|includegraphics|texttt|url|href|begin|end|generated|picture)"
+    r"\\(?:label|ref|eqref|pageref|cite[pt]?|input|includegraphics|texttt|url|href|begin|end|generated|drawn)"
     r"\*?(?:\[[^\]]*\])?\{[^}]*\}"
 )
 _LENGTHS = re.compile(r"\d*\.?\d+\\(?:textwidth|linewidth)|\[-?\d+pt\]|\{-?\d+pt\}")
@@ -113,7 +117,7 @@ def faults(sections: Mapping[str, str], bib: str, macros: Iterable[str], generat
     found += [f"\\cite{{{key}}} has no entry in references.bib" for key in cited - known]
     found += [f"references.bib: {key} is never cited" for key in known - cited]
     made = set(generated)
-    used = set(re.findall(r"\\(?:generated|picture)\{([^}]*)\}", without_comments(whole)))
+    used = set(re.findall(r"\\(?:generated|drawn)\{([^}]*)\}", without_comments(whole)))
     found += [f"{name} is no generated table or figure" for name in used - made]
     found += [f"the generated {name} is never used" for name in made - used]
     labels = set(re.findall(r"\\label\{([^}]*)\}", whole))

@@ -150,12 +150,14 @@ def shrink(source: Source, record: Record) -> dict[str, Any]:
 
 
 _HEAVY = frozenset({"samples", "curve", "roofline", "command"})
-"""Every sample of a timing, every step of a training; a command with the paths of one machine."""
+"""Every sample of a timing, every step of a training; a command with the paths of one machine. (As a number, ``samples``
+is what a method costs.)"""
 
 
 def _shrunk(value: Any, top: bool = True) -> Any:
     if isinstance(value, Mapping):
-        return {key: _shrunk(item, False) for key, item in value.items() if top or key not in _HEAVY}
+        heavy = () if top else [key for key in _HEAVY & set(value) if isinstance(value[key], Mapping | list | str)]
+        return {key: _shrunk(item, False) for key, item in value.items() if key not in heavy}
     if isinstance(value, list):
         return [_shrunk(item, False) for item in value]
     if isinstance(value, str) and value.startswith("/"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.manuscript import speed
 from jobs.manuscript.numbers import Results, at_lag, count, figure, p_value, share, short, task_name, text
-from jobs.manuscript.sources import HYPOTHESES, SOURCES, TASKS, Source
+from jobs.manuscript.sources import HYPOTHESES, SOURCES, TASKS, VARIANTS, Source
 from jobs.manuscript.tabular import rule, tabular
 
 CONTROLS = (
@@ -183,6 +183,24 @@ def withdrawal(results: Results) -> str:
     return tabular("lcccc", lines)
 
 
+def variants(results: Results) -> str:
+    """System 2 as shipped, and with one setting changed."""
+    lags = (0, 1, 2)
+    lines: list[Sequence[str] | str] = [
+        ["", *(rf"\multicolumn{{{len(lags)}}}{{c}}{{{task_name(task)}}}" for task in TASKS)],
+        r"\cmidrule(lr){2-4}\cmidrule(lr){5-7}",
+        ["", *(f"lag {lag}" for _ in TASKS for lag in lags)],
+        rule(),
+    ]
+    shipped = {"path_star": "path_star", "tree_path": "tree_path_lags"}
+    rows = [("as shipped", shipped)]
+    rows += [(what, {task: f"{name}_{task}" for task in TASKS}) for name, _, what in VARIANTS]
+    for what, names in rows:
+        found = [at_lag(results[names[task]]["results"], lag) for task in TASKS for lag in lags]
+        lines.append([what, *(share(row["system2"]["accuracy"]) for row in found)])
+    return tabular("l" + "c" * len(TASKS) * len(lags), lines)
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -244,6 +262,9 @@ TABLES = {
     "stability": Table(("steering",), stability),
     "transport": Table(("transport",), transport),
     "withdrawal": Table(("transport",), withdrawal),
+    "variants": Table(
+        ("path_star", "tree_path_lags", *(f"{name}_{task}" for name, _, _ in VARIANTS for task in TASKS)), variants
+    ),
     "training": Table(("training",), training),
     "speed_search": Table(("speed_search",), speed.search),
     "speed_kernels": Table(("speed_train", "speed_decode"), speed.kernels),
