@@ -245,6 +245,7 @@ def _add_reasoning(add: Add) -> None:
     add("PathStarShiftedLagZero", "path_star", control(0, "time_shifted"))
     for lag in (0, 2, 3, 4, 6):
         add(f"TreePathLag{digit(lag)}", "tree_path_lags", system("tree_path", lag, "system2")[1])
+    add("TreePathLagThreeP", "tree_path_lags", lambda r: p_value(at_lag(r["results"], 3)["mcnemar_p"]))
     add("TreePathHitsLagSix", "tree_path_lags", lambda r: short(at_lag(r["results"], 6)["plan_hit_rate"]))
     for task in TASKS:
         for variant, _, _ in VARIANTS:

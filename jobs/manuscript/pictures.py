@@ -100,7 +100,7 @@ def _lag_curves(axes: Axes, points: list[Any]) -> None:
     )
     axes.set(xlabel="lag (tokens)", ylim=(0, 1.05))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.97))
     _bare(axes)
 
 
@@ -186,7 +186,8 @@ def fidelity(results: Results) -> Figure:
     )
     for axes, (key, title) in zip(panels, keys, strict=True):
         for (task, rows), color, marker in zip(table.items(), (SYSTEM_2, SYSTEM_1), "os", strict=False):
-            known = [row for row in rows if row[key] is not None]
+            # No error at all: at the last steps nothing but verdicts is left, which are not judged.
+            known = [row for row in rows if row[key]]
             x, y = [row["step"] for row in known], [row[key] for row in known]
             axes.plot(x, y, color=color, marker=marker, label=task_name(task))
         axes.set(title=title, xlabel="imagined steps")

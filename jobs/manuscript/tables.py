@@ -92,20 +92,20 @@ def tree_lags(results: Results) -> str:
             rule(),
             ["System 1", *(share(row["system1"]["accuracy"]) for row in compared)],
             ["System 2", *(share(row["system2"]["accuracy"]) for row in compared)],
-            ["McNemar $p$", *(p_value(row["mcnemar_p"]) for row in compared)],
-            ["plan hit rate", *(short(row["plan_hit_rate"]) for row in compared)],
+            ["hit rate", *(short(row["plan_hit_rate"]) for row in compared)],
         ],
+        tight=True,
     )
 
 
 def hypotheses(results: Results) -> str:
     """Hit rate and accuracy with several assumed futures."""
-    lines: list[Sequence[str] | str] = [["assumed futures", *(str(count) for count in HYPOTHESES)], rule()]
+    lines: list[Sequence[str] | str] = [["futures", *(str(count) for count in HYPOTHESES)], rule()]
     for task in TASKS:
         found = [results[f"hypotheses_{task}_{count}"]["results"] for count in HYPOTHESES]
-        lines.append([f"{task_name(task)}: plan hit rate", *(short(row["plan_hit_rate"]) for row in found)])
+        lines.append([f"{task_name(task)}, hits", *(short(row["plan_hit_rate"]) for row in found)])
         lines.append(["\\quad accuracy", *(share(row["system2"]["accuracy"]) for row in found)])
-    return tabular("l" + "c" * len(HYPOTHESES), lines)
+    return tabular("l" + "c" * len(HYPOTHESES), lines, tight=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- writes
@@ -242,16 +242,14 @@ def _held_out(name: str, stage: Any) -> str:
 
 def provenance(results: Results) -> str:
     """Every result file: where it came from and the command that makes it anew."""
-    lines: list[Sequence[str] | str] = [["result file, what it holds, and its command", "commit", "seed"], rule()]
+    lines: list[Sequence[str] | str] = [["result file", "commit", "seed", "command"], rule()]
     for name, source in SOURCES.items():
         record = results.get(name)
-        made = ["not measured", ""] if record is None else [rf"\texttt{{{record['commit'][:7]}}}", str(record["seed"])]
-        lines.append([rf"\textbf{{{text(name)}}}: {text(source.what)}", *made])
-        command = text(source.command).replace("--", r"-{}-")
-        lines.append(
-            rf"\multicolumn{{3}}{{@{{\quad}}p{{0.95\linewidth}}@{{}}}}{{\ttfamily\scriptsize {command}}}\\[1pt]"
-        )
-    return "\n".join(["{\\small", tabular("p{0.74\\linewidth}ll", lines, long=True).rstrip(), "}", ""])
+        made = ["--", "--"] if record is None else [rf"\texttt{{{record['commit'][:7]}}}", str(record["seed"])]
+        command = text(source.command.removeprefix("python -m ")).replace("--", r"-{}-")
+        lines.append([rf"\texttt{{{text(name)}}}", *made, rf"\ttfamily {command}"])
+    columns = r"lll>{\raggedright\arraybackslash\hangindent1em}p{0.56\linewidth}"
+    return "\n".join(["{\\scriptsize", tabular(columns, lines, long=True, tight=True).rstrip(), "}", ""])
 
 
 TABLES = {
