@@ -173,6 +173,7 @@ def _add_model(add: Add) -> None:
         add(f"Parameters{word(part)}", "training", parameters(part))
     add("ParametersTotal", "training", lambda r: f"{sum(r['results']['parameters'].values()) / 1e6:.1f}")
     add("ParametersBackboneMillions", "training", lambda r: f"{r['results']['parameters']['backbone'] / 1e6:.2f}")
+    add("Machine", "training", lambda r: text("{cores} cores of an {cpu}, torch {torch}".format(**r["machine"])))
     add("TrainingMinutes", "training", lambda r: f"{r['results']['wall_seconds'] / 60:.0f}")
     add("TrustHorizon", "training", lambda r: str(r["results"]["stages"]["stage_2"]["trust_horizon"]))
     add("BranchAccuracy", "training", lambda r: share(r["results"]["stages"]["stage_3"]["branch_accuracy"]))

@@ -56,7 +56,7 @@ def lag_rate(results: Results) -> Figure:
     """Accuracy over lag and injection rate; and, at the checkpoint's rate, against the lag with the controls."""
     points = results["ablate_lag_rate"]["results"]["points"]
     reference = results["ablate_lag_rate"]["results"]["reference"]["injection_rate"]
-    figure = _figure(2.75)
+    figure = _figure(2.5)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     lags = sorted({cell["lag"] for cell in points})
     rates = sorted({cell["injection_rate"] for cell in points})
@@ -117,7 +117,7 @@ _METHODS = (
 
 def compute(results: Results) -> Figure:
     """Accuracy against multiply-adds in units of one sampled answer, both tasks."""
-    figure = _figure(2.6)
+    figure = _figure(2.3)
     panels = figure.subplots(1, len(TASKS), sharey=True)
     for axes, task in zip(panels, TASKS, strict=True):
         curves = results[f"compute_{task}"]["results"]["compute"]
@@ -131,7 +131,7 @@ def compute(results: Results) -> Figure:
                 axes.annotate(
                     str(cell["budget"]),
                     (cell["samples"], cell["accuracy"]),
-                    (0, -10),
+                    (0, 4),
                     textcoords="offset points",
                     ha="center",
                     fontsize=7,
@@ -141,7 +141,7 @@ def compute(results: Results) -> Figure:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set(xlabel="compute after the prompt, in sampled answers", ylim=(0, 1.08), title=task_name(task))
+        axes.set(xlabel="compute after the prompt, in sampled answers", ylim=(0, 1.14), title=task_name(task))
         _bare(axes)
     panels[0].set_ylabel("right answers")
     panels[1].legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.0))
@@ -155,7 +155,7 @@ def planners(results: Results) -> Figure:
     """Plan hit rate against planners, in simulated time."""
     rows = results["planners"]["results"]["rows"]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    figure = _figure(2.2)
+    figure = _figure(1.85)
     panels = figure.subplots(1, len(shapes), sharey=True)
     for axes, shape in zip(panels, shapes, strict=True):
         for many, color, marker in zip((100, 1000, 10_000), (SYSTEM_2, OTHERS[1], GOAL), "osd", strict=True):
@@ -177,7 +177,7 @@ def fidelity(results: Results) -> Figure:
     """Errors of the imagination and branch accuracy, by imagined steps."""
     stages = results["training"]["results"]["stages"]
     table = stages["stage_2"]["fidelity"]
-    figure = _figure(2.2)
+    figure = _figure(1.85)
     panels = figure.subplots(1, 3)
     keys = (
         ("policy_kl", "policy KL (nats)"),

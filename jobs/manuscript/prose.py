@@ -57,7 +57,7 @@ _REFERENCES = re.compile(
     r"\*?(?:\[[^\]]*\])?\{[^}]*\}"
 )
 _LENGTHS = re.compile(r"\d*\.?\d+\\(?:textwidth|linewidth)|\[-?\d+pt\]|\{-?\d+pt\}")
-_NUMBER = re.compile(r"(?<![A-Za-z0-9.-])\d(?:[\d.,{}]*\d)?(?:\s*\\?%|\\,\\%|\^\{?-?\d+)?")
+_NUMBER = re.compile(r"(?<![A-Za-z0-9.])(?<![A-Za-z]-)\d(?:[\d.,{}]*\d)?(?:\s*\\?%|\\,\\%|\^\{?-?\d+)?")
 
 
 def read_sections(folder: Path) -> dict[str, str]:
@@ -77,7 +77,7 @@ def capital_commands(tex: str) -> set[str]:
 
 def typed_numbers(tex: str, allowed: Iterable[str] = ALLOWED) -> list[str]:
     """Numbers that look like measurements and are no macros, each with the words around it."""
-    bare = _LENGTHS.sub(" ", _REFERENCES.sub(" ", without_comments(tex)))
+    bare = _LENGTHS.sub(" ", _REFERENCES.sub(" ", without_comments(tex))).replace(r"\times", " ")
     for phrase in allowed:
         bare = bare.replace(phrase, " ")
     found = []

@@ -150,8 +150,8 @@ def shrink(source: Source, record: Record) -> dict[str, Any]:
 
 
 _HEAVY = frozenset({"samples", "curve", "roofline", "command"})
-"""Every sample of a timing, every step of a training; a command with the paths of one machine. (As a number, ``samples``
-is what a method costs.)"""
+"""Every sample of a timing, every step of a training; a command with the paths of one machine. (As a number,
+``samples`` is what a method costs.)"""
 
 
 def _shrunk(value: Any, top: bool = True) -> Any:
