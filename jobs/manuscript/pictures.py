@@ -144,7 +144,7 @@ def compute(results: Results) -> Figure:
         axes.set(xlabel="compute after the prompt, in sampled answers", ylim=(0, 1.14), title=task_name(task))
         _bare(axes)
     panels[0].set_ylabel("right answers")
-    panels[1].legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.0))
+    panels[0].legend(frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.52))
     return figure
 
 
