@@ -10,7 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
+from actors.metrics import Counts, hand_on_run
 from actors.weights import Weights, open_source
 from crsm.config import Config
 from crsm.evaluation.rollouts import roll_out
@@ -59,6 +60,7 @@ class RolloutActor:
         model = self._checkpoint.model
         model.config = config.model_copy(update={"model": model.config.model})
         self._tasks = {task.name: task for task in build_tasks(config.tasks)}
+        self._counts = Counts("rollouts")
 
     def roll_out(self, job: RolloutJob) -> list[Record]:
         task = self._tasks[job.task]
@@ -70,7 +72,11 @@ class RolloutActor:
             system=job.system,
             temperature=job.temperature,
             seed=job.sampling_seed + job.first,
+            hear=lambda metrics: hand_on_run(self._counts, metrics.summary()),
         )
+        for correct, count in Counter(rollout.correct for rollout in rollouts).items():
+            what = {"task": job.task, "system": str(job.system), "correct": str(correct).lower()}
+            self._counts.add("crsm_rollouts", count, **what)
         return [
             {
                 "task": job.task,
