@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from crsm.settings import AnySettings, Positive, Probability, Settings
 from crsm.task_config import ArcAgiConfig as ArcAgiConfig
+from crsm.task_config import ArcConfig as ArcConfig
 from crsm.task_config import ArithmeticConfig as ArithmeticConfig
 from crsm.task_config import CountdownConfig as CountdownConfig
 from crsm.task_config import Gsm8kConfig as Gsm8kConfig
@@ -348,12 +349,17 @@ def _siblings(location: tuple[Any, ...], kind: type[Settings]) -> list[str]:
     for part in location[:-1]:
         if part in _TASKS:
             model = _TASKS[part]
+        elif isinstance(part, int) and get_args(model):
+            model = get_args(model)[0]
         elif isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
             model = model.model_fields[part].annotation
     return sorted(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else ["(none)"]
 
 
-_TASKS: dict[Any, type[Settings]] = {"path_star": PathStarConfig, "tree_path": TreePathConfig, "gsm8k": Gsm8kConfig}
+_TASKS: dict[Any, type[Settings]] = {
+    name: kind for kind in get_args(get_args(TaskConfig)[0]) for name in get_args(kind.model_fields["name"].annotation)
+}
+"""The settings of every kind of task, by its name."""
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -209,12 +209,25 @@ class Gsm8kConfig(TaskSettings):
     name: Literal["gsm8k"] = "gsm8k"
     path: str | None = None
     """A local jsonl; ``sample``: the 200 shipped problems; None: ``openai/gsm8k`` from the hub (extra ``hub``)."""
+    hub_split: Literal["train", "test"] = "train"
+    """What is read from the hub. The official test set is for evaluations alone."""
     attempts_path: str | None = None
     """A jsonl of model-made attempts with verdicts (fields ``question``, ``attempt``, ``correct``)."""
     true_marks: bool = False
     """Leave out problems with a calculator mark that is false or cannot be read (2 of 7,473 in the training file)."""
     max_tokens: Positive = 256
     """Problems whose text is longer are left out, and counted."""
+
+
+class ArcConfig(TaskSettings):
+    """Multiple-choice questions of grade-school science (arXiv 1803.05457)."""
+
+    name: Literal["arc_easy", "arc_challenge"] = "arc_easy"
+    path: str | None = None
+    """A folder of ``ARC-Easy-train.jsonl`` and so on; a jsonl, which is then the test split; None: ``allenai/ai2_arc``
+    from the hub (extra ``hub``)."""
+    max_tokens: Positive = 256
+    """Problems whose text is longer are left out of the training, and counted."""
 
 
 TaskConfig = Annotated[
@@ -227,13 +240,23 @@ TaskConfig = Annotated[
     | ArithmeticConfig
     | ArcAgiConfig
     | GymConfig
-    | Gsm8kConfig,
+    | Gsm8kConfig
+    | ArcConfig,
     Field(discriminator="name"),
 ]
 
 
 class TokenizerConfig(Settings):
-    kind: Literal["closed", "bpe"] = "closed"
-    """``closed``: the words of the tasks, nothing else; ``bpe``: byte-level BPE trained on the tasks' text."""
+    kind: Literal["closed", "bpe", "file"] = "closed"
+    """``closed``: the words of the tasks, nothing else; ``bpe``: byte-level BPE trained on the tasks' text; ``file``: the
+    byte-level BPE of a ``tokenizer.json``, as the preparation of data leaves one beside its shards."""
+    path: str | None = None
+    """Of the ``file``."""
     vocab_size: Positive = 4096
-    """Entries of a BPE; a closed vocabulary has as many as the tasks need."""
+    """Entries of a BPE; a closed vocabulary has as many as the tasks need, a file as many as it has."""
+
+    @model_validator(mode="after")
+    def _path_fits(self) -> TokenizerConfig:
+        if (self.kind == "file") != (self.path is not None):
+            raise ValueError(f"path = {self.path!r} with kind = {self.kind!r}; allowed: a path for 'file', none else")
+        return self

@@ -19,8 +19,8 @@ from crsm.config import (
 )
 from crsm.types import Channel
 
-OTHER_KINDS = {"ablation", "tuning", "env_vars", "excludes", "working_dir"}
-"""Keys of files that are no settings of a run: sweeps, and the environment of submitted jobs."""
+OTHER_KINDS = {"ablation", "tuning", "evaluation", "env_vars", "excludes", "working_dir"}
+"""Keys of files that are no settings of a run: sweeps, evaluations, and the environment of submitted jobs."""
 CONFIGS = [
     path
     for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))

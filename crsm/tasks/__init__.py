@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from crsm.config import (
     ArcAgiConfig,
+    ArcConfig,
     ArithmeticConfig,
     CountdownConfig,
     Gsm8kConfig,
@@ -97,6 +98,10 @@ def build_task(config: TaskConfig) -> Task:
             from crsm.tasks.gsm8k import Gsm8k
 
             return Gsm8k(config)
+        case ArcConfig():
+            from crsm.tasks.arc import Arc
+
+            return Arc(config)
 
 
 def build_tasks(configs: Iterable[TaskConfig]) -> list[Task]:
