@@ -38,7 +38,7 @@ WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, metavar="INTEGER", help="Parts at a time; the machine's cores.")
 ]
 FreshOption = Annotated[
-    bool, typer.Option("--fresh/--resume", help="Put aside what the output holds and start anew, or go on with it.")
+    bool, typer.Option("--fresh/--resume", help="Remove what the output holds and start anew, or go on with it.")
 ]
 
 OBJECT_STORE_PER_WORKER = 96 << 20
@@ -69,7 +69,7 @@ def main(
     folder = output or Path(settings.output or f"runs/data/{settings.name}")
     check_folder(folder)
     if fresh:
-        put_aside(folder)
+        remove_output(folder)
     started = time.perf_counter()
     from crsm.data.preparation import prepare
 
@@ -95,7 +95,7 @@ def check_folder(folder: Path) -> None:
     check_writable(folder)
 
 
-def put_aside(folder: Path) -> None:
+def remove_output(folder: Path) -> None:
     """Removes what a preparation left in a folder, and nothing else.
 
     The index goes first: what is left of the rest, should this be stopped, is not taken for finished.
