@@ -257,10 +257,7 @@ def look(settings: Config, address: str | None = None) -> Facts:
         cores=len(os.sched_getaffinity(0)),
         memory=_available_memory(),
         shared_memory=_free("/dev/shm"),
-        disk={
-            path: _free(path)
-            for path in dict.fromkeys((_existing(local or Path("/")), os.environ.get("RAY_TMPDIR", "/tmp")))
-        },
+        disk={path: _free(path) for path in dict.fromkeys(paths)},
         open_files=_open_files(),
         ports={port: port_is_free(port) for port in PORTS},
         auth_mode=os.environ.get("RAY_AUTH_MODE"),

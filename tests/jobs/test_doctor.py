@@ -101,9 +101,7 @@ def test_where_all_is_well_nothing_is_to_be_mended():
             "install",
         ),
         (
-            {
-                "trackers_problem": "train.trackers names 'wandb', which is not installed; allowed: pip install 'crsm[wandb]'"
-            },
+            {"trackers_problem": "'wandb', which is not installed; allowed: pip install 'crsm[wandb]'"},
             *("trackers", "missing", "not installed", "pip install 'crsm[wandb]'"),
         ),
         ({"compiler": None}, "C++ compiler", "note", "none", "apt-get install g++"),
