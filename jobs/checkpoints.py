@@ -64,9 +64,9 @@ def pick_task(config: Config, name: str) -> Task:
     from crsm.tasks import build_task
 
     for task in config.tasks:
-        if task.name == name:
+        if task.label == name:
             return build_task(task)
-    raise ValueError(f"task = {name!r}; allowed: {', '.join(task.name for task in config.tasks)}")
+    raise ValueError(f"task = {name!r}; allowed: {', '.join(task.label for task in config.tasks)}")
 
 
 @contextlib.contextmanager

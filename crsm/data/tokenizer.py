@@ -3,17 +3,23 @@
 Both are ``tokenizer.json`` files of the ``tokenizers`` library and share these conventions: ``<pad>`` is 0, ``<eos>``
 is 1, and each verdict is one token. A closed vocabulary refuses words that it does not know instead of mapping them
 all to one; a BPE has every byte, so it writes any text, and never reads a special token out of a user's text.
+
+A byte-level BPE from elsewhere keeps its ids and its own end of text, and gets what it lacks after its last id. As it
+came with imported weights, without verdicts, it serves to ask and to measure a model, not to train one.
 """
 
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -31,6 +37,9 @@ from crsm.tasks.base import (
 
 Kind = Literal["closed", "bpe"]
 
+FOREIGN_EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
+"""What tokenizers from elsewhere call the end of a text."""
+
 MIN_BPE_ENTRIES = 256 + 4
 """Every byte and the four special tokens."""
 
@@ -41,8 +50,12 @@ _VERDICTS: dict[Kind, tuple[str, str]] = {
 }
 _KIND_OF_MODEL: dict[str, Kind] = {"WordLevel": "closed", "BPE": "bpe"}
 
+_FOREIGN_PADS = ("<|padding|>", "<|pad|>")
+_NO_TEXT = "\N{REPLACEMENT CHARACTER}".encode()
+"""What a token says that only pads a foreign model's embedding."""
+
 # GPT-2's pattern, but for digits: each is a piece of its own, so that numbers are written the same way everywhere.
-_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CORPUS_PROBLEMS = 10_000
 """Training problems of each task that a BPE is trained on."""
 
@@ -71,10 +84,16 @@ class Tokenizer:
         if sorted(self._ids.values()) != list(range(len(self._ids))):
             raise ValueError(f"{source} has gaps between its token ids; allowed: 0 to n - 1, each once")
         specials = _SPECIALS[self.kind]
-        for index, token in enumerate(specials):
+        verdicts = _VERDICTS[self.kind]
+        foreign = next((name for name in FOREIGN_EOS if name in self._ids), None) if self.kind == "bpe" else None
+        self._eos = EOS if foreign is None or EOS in self._ids else foreign
+        self.is_foreign = self._eos != EOS
+        self.has_verdicts = all(token in self._ids for token in verdicts)
+        self._pad = next((token for token in (PAD, *_FOREIGN_PADS) if token in self._ids), self._eos)
+        for index, token in enumerate(() if self.is_foreign else specials):
             if self._ids.get(token) != index:
                 raise ValueError(f"{source} has {token!r} at id {self._ids.get(token)}; allowed: id {index}")
-        for token in _VERDICTS[self.kind]:
+        for token in () if self.is_foreign else verdicts:
             if token not in self._ids:
                 raise ValueError(
                     f"{source} lacks the verdict token {token!r}; allowed: a vocabulary made by this project"
@@ -83,7 +102,8 @@ class Tokenizer:
         self._bytes: list[bytes] = []
         if self.kind == "bpe":
             try:
-                self._bytes = _token_bytes(self._tokens, specials)
+                added = {str(token.content) for token in backend.get_added_tokens_decoder().values()}
+                self._bytes = _token_bytes(self._tokens, added.union(specials))
             except KeyError as error:
                 raise ValueError(f"{source} writes {error.args[0]!r} in a token; allowed: a byte-level BPE") from None
 
@@ -112,7 +132,7 @@ class Tokenizer:
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(tokenizers.Regex(_PIECES), behavior="isolated"),
+                pre_tokenizers.Split(tokenizers.Regex(PIECES), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
@@ -134,28 +154,33 @@ class Tokenizer:
             ValueError: the file is missing, cut short, or not one of this project's tokenizers.
         """
         source = f"tokenizer file {str(path)!r}"
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"{source} cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{source} is not text; allowed: a tokenizer.json") from error
-        return cls.from_json(text, source)
+        return cls.from_json(_read(path, source), source)
+
+    @classmethod
+    def adopt(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer of any ``tokenizer.json`` that is a byte-level BPE; one of this project's as it is.
+
+        Padding and verdicts are added after the last id, so that the ids of a public checkpoint keep their meaning.
+
+        Raises:
+            ValueError: the file cannot be read, is no byte-level BPE, or has no end of text.
+        """
+        source = f"tokenizer file {str(path)!r}"
+        tree = _read_tree(_read(path, source), source)
+        known = {entry["content"]: entry["id"] for entry in tree.get("added_tokens", ())}
+        known.update(tree["model"].get("vocab", {}) if isinstance(tree["model"].get("vocab"), dict) else {})
+        missing = [token for token in (PAD, TOKEN_RIGHT, TOKEN_WRONG) if token not in known]
+        if missing and EOS not in known and not known.keys().isdisjoint(FOREIGN_EOS):
+            backend = _backend(json.dumps(tree), source)
+            backend.add_special_tokens(missing)
+            return cls(backend, source)
+        return cls(_backend(json.dumps(tree), source), source)
 
     @classmethod
     def from_json(cls, text: str, source: str = "tokenizer") -> Tokenizer:
         """The tokenizer that ``to_json`` wrote."""
-        try:
-            tree = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{source} is cut short or not JSON; allowed: a whole tokenizer.json") from error
-        if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
-            raise ValueError(f"{source} holds no tokenizer model; allowed: a tokenizer.json")
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # The library raises bare Exception.
-            raise ValueError(f"{source} is not a tokenizer.json: {error}") from error
-        return cls(backend, source)
+        _read_tree(text, source)
+        return cls(_backend(text, source), source)
 
     def to_json(self) -> str:
         """The content of a ``tokenizer.json``."""
@@ -180,19 +205,39 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        return self._ids[PAD]
+        return self._ids[self._pad]
 
     @property
     def eos_id(self) -> int:
-        return self._ids[EOS]
+        return self._ids[self._eos]
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells two tokenizers apart: sha256 of the JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def byte_counts(self) -> np.ndarray:
+        """Bytes of text behind each token; none behind a special one. (V,) int64"""
+        specials = {self.pad_id, *self.terminal_ids}
+        pieces = self._bytes if self.kind == "bpe" else [f" {token}".encode() for token in self._tokens]
+        return np.array([0 if i in specials else len(piece) for i, piece in enumerate(pieces)], np.int64)
 
     @property
     def terminal_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the verdicts and the end of text, ascending."""
-        return tuple(sorted((self.eos_id, self.verdict_id(False), self.verdict_id(True))))
+        """Tokens that end an answer: the verdicts, if there are any, and the end of text, ascending."""
+        verdicts = (self.verdict_id(False), self.verdict_id(True)) if self.has_verdicts else ()
+        return tuple(sorted((self.eos_id, *verdicts)))
 
     def verdict_id(self, correct: bool) -> int:
-        """The token that claims an answer to be right, or wrong."""
+        """The token that claims an answer to be right, or wrong.
+
+        Raises:
+            ValueError: a foreign vocabulary has none.
+        """
+        if not self.has_verdicts:
+            lacking = " and ".join(map(repr, _VERDICTS[self.kind]))
+            raise ValueError(f"the tokenizer lacks the verdict tokens {lacking}; allowed: a vocabulary that has them")
         return self._ids[_VERDICTS[self.kind][bool(correct)]]
 
     def token(self, token_id: int) -> str:
@@ -225,6 +270,21 @@ class Tokenizer:
             raise ValueError(f"character {text[error.start]!a} is half of a surrogate pair; allowed: Unicode") from None
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
+    def encode_with_places(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of a text, and the character of the text at which each begins (white space before it not counted).
+
+        Raises:
+            ValueError: as :meth:`encode`.
+        """
+        ids = self.encode(text)
+        if self.kind == "closed":
+            return ids, [match.start() for match in re.finditer(r"\S+", text)]
+        return ids, [start for start, _ in self._backend.encode(text, add_special_tokens=False).offsets]
+
+    def encode_each(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of many texts of an open vocabulary; they must be Unicode and may be empty."""
+        return [list(entry.ids) for entry in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some tokens, special ones included; bytes that are not UTF-8 become replacement characters.
 
@@ -239,6 +299,8 @@ class Tokenizer:
         return StreamDecoder(self)
 
     def _piece(self, token_id: int) -> str | bytes:
+        if self.is_foreign and token_id >= len(self._tokens):
+            return _NO_TEXT
         if not 0 <= token_id < len(self._tokens):
             raise ValueError(f"token id {token_id}; allowed: 0 to {len(self._tokens) - 1}")
         return self._bytes[token_id] if self.kind == "bpe" else self._tokens[token_id]
@@ -285,8 +347,11 @@ def build_tokenizer(config: TokenizerConfig, tasks: Sequence[Task], seed: int = 
     """The tokenizer of a run: the words of its tasks, or a BPE trained on the text of their training problems.
 
     Raises:
-        ValueError: a closed vocabulary is asked for a task whose text is open.
+        ValueError: a closed vocabulary is asked for a task whose text is open, or a file is no byte-level BPE.
     """
+    if config.kind == "file":
+        assert config.path is not None
+        return Tokenizer.adopt(config.path)
     if config.kind == "closed":
         words: list[str] = []
         for task in tasks:
@@ -304,11 +369,36 @@ def build_tokenizer(config: TokenizerConfig, tasks: Sequence[Task], seed: int = 
     return Tokenizer.train_bpe(texts, config.vocab_size)
 
 
-def _token_bytes(tokens: Sequence[str], specials: Sequence[str]) -> list[bytes]:
-    """The bytes behind each entry of a byte-level vocabulary, which writes every byte as a printable character."""
+def _read(path: str | Path, source: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not text; allowed: a tokenizer.json") from error
+
+
+def _read_tree(text: str, source: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source} is cut short or not JSON; allowed: a whole tokenizer.json") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+        raise ValueError(f"{source} holds no tokenizer model; allowed: a tokenizer.json")
+    return tree
+
+
+def _backend(text: str, source: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # The library raises bare Exception.
+        raise ValueError(f"{source} is not a tokenizer.json: {error}") from error
+
+
+def _token_bytes(tokens: Sequence[str], added: Collection[str]) -> list[bytes]:
+    """The bytes behind each entry of a byte-level vocabulary, which writes every byte as a printable character; added
+    tokens are written as they are."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    return [
-        token.encode() if token in specials else bytes(byte_of[character] for character in token) for token in tokens
-    ]
+    return [token.encode() if token in added else bytes(byte_of[character] for character in token) for token in tokens]

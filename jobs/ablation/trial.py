@@ -89,7 +89,7 @@ class Bench:
         """
         self.checkpoint, self.settings = checkpoint, checkpoint.config
         self._count, self._plan_tokens = problems, plan_tokens
-        self._task: Task = build_task(next(found for found in self.settings.tasks if found.name == task))
+        self._task: Task = build_task(next(found for found in self.settings.tasks if found.label == task))
         self._problems: dict[int, list[Problem]] = {}
         self._system1: dict[tuple[int, int, int], Run] = {}
 
