@@ -140,9 +140,9 @@ def write_table(table: Sequence[Mapping[str, Any]], folder: StoragePath | Path) 
     Raises:
         OSError: the folder cannot be written.
     """
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.csv  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
 
     # A swept setting may have values of several kinds (a trust horizon of 3, or null, is fine; words beside numbers are
     # not): then the column is text.
