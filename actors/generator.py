@@ -18,7 +18,9 @@ that hundreds are cheap and none waits for a free thread; and cancelling a call 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import queue
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
@@ -29,6 +31,7 @@ import ray
 
 from actors.decode_loop import Closed, DecodeLoop, Refused
 from actors.long_lived import freeze_memory
+from actors.metrics import PATIENCE, Counts, GeneratorCounts, exported
 from actors.planner import AS_TRAINED, PlannerActor, PlannerSettings
 from actors.pool import PoolStats
 from actors.pool_actor import start_pool
@@ -60,6 +63,7 @@ class GeneratorActor:
         threads: int = 1,
         planner_cpus: float = 1.0,
         planner_class: type = PlannerActor,
+        application: str | None = "generator",
     ) -> None:
         """
         Args:
@@ -71,6 +75,7 @@ class GeneratorActor:
             threads: of torch, in this process.
             planner_cpus: CPUs that Ray reserves for each planner.
             planner_class: what each planner is.
+            application: under which its counters are exported (:mod:`actors.metrics`); None: not by itself.
         """
         use_threads(threads)
         self._checkpoint = open_source(source)
@@ -101,6 +106,10 @@ class GeneratorActor:
         self._decode = DecodeLoop(self._engine, self._streams.deliver)
         freeze_memory()
         self._decode.start()
+        self._exports = contextlib.ExitStack()
+        if application is not None:
+            counts = GeneratorCounts(Counts(application))
+            self._exports.enter_context(exported(lambda: counts.look(self._counters())))
 
     async def generate(
         self,
@@ -295,6 +304,13 @@ class GeneratorActor:
             "mailbox": pool.mailbox_stats() if pool else {},
         }
 
+    def _counters(self) -> dict[str, Any]:
+        """What is exported; for a thread that may wait."""
+        answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._decode.metrics(answers.put)
+        pool = {"pool": asdict(self._pool.stats())} if self._pool else {}
+        return answers.get(timeout=PATIENCE) | pool
+
     async def forget_times(self) -> None:
         """Begins to measure times anew (``times`` of :meth:`metrics`); counters go on."""
         await self._question(lambda engine: engine.metrics.forget_times())
@@ -351,6 +367,7 @@ class GeneratorActor:
 
     async def close(self) -> None:
         """Ends every stream, the decode thread and the planners; returns when they have ended."""
+        await asyncio.to_thread(self._exports.close)
         self._decode.stop()
         # The pool first: under the virtual clock the decode thread may be waiting for it.
         if self._pool is not None:
@@ -391,17 +408,21 @@ def start_generator(
     planner_cpus: float = 1.0,
     planner_class: type = PlannerActor,
     max_restarts: int = 0,
+    application: str | None = "generator",
 ) -> Any:
     """Starts a generator and its planners; returns the actor's handle at once.
 
     With ``max_restarts`` (-1: any number) Ray starts it again when its process dies. What it was saying is lost with
-    it: callers hear so, or resume (:func:`actors.client.stream_tokens`).
+    it: callers hear so, or resume (:func:`actors.client.stream_tokens`). What it counts is exported as that of
+    ``application`` (:mod:`actors.metrics`); None: by whoever reads ``metrics()``.
 
     Stop it with :func:`stop_generator`; it also ends with the process that started it.
     """
     source = share(checkpoint)
     actor_class = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=max_restarts)(GeneratorActor)
-    actor = actor_class.remote(source, [source], planners, engine, settings, threads, planner_cpus, planner_class)
+    actor = actor_class.remote(
+        source, [source], planners, engine, settings, threads, planner_cpus, planner_class, application
+    )
     if max_restarts:
         # A restarted actor reads its arguments again. Ray keeps those for it, but not what is inside of a list.
         _SOURCES[actor._actor_id.hex()] = source

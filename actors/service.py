@@ -29,9 +29,10 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRoute
 
 from actors.generator import start_generator, stop_generator
 from actors.long_lived import freeze_memory
+from actors.metrics import Counts, GeneratorCounts
 from actors.ray_backend import RayBackend
 from actors.service_args import ServiceArgs, check_exposure, parse_args
-from actors.service_metrics import Counts, GeneratorCounts, ServiceTelemetry
+from actors.service_metrics import ServiceTelemetry
 from actors.serving.app import build_app
 from actors.serving.served_model import chat_template_of, served_model
 from actors.state_vault import VISIT_INTERVAL, open_vault
@@ -76,13 +77,15 @@ class Service:
             num_gpus=args.generator_gpus,
             planner_cpus=planners.num_cpus,
             max_restarts=-1,
+            application=None,  # the replica counts for it
         )
         self._vault = open_vault(serve.get_replica_context().app_name, engine.max_state_bytes)
         self._max_state_bytes = engine.max_state_bytes
         name = args.name or checkpoint.config.name
         model = served_model(checkpoint, name, chat_template_of(args.checkpoint))
         self._backend = RayBackend(self._generator, self._vault, model)
-        self._counts = Counts()
+        context = serve.get_replica_context()
+        self._counts = Counts(context.app_name, context.deployment, context.replica_tag)
         self._telemetry = ServiceTelemetry(self._counts)
         self._app: FastAPI | None = None
         self._pid = 0

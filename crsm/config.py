@@ -8,14 +8,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from crsm.settings import AnySettings, Positive, Probability, Settings
+from crsm.task_config import ArcAgiConfig as ArcAgiConfig
+from crsm.task_config import ArcConfig as ArcConfig
+from crsm.task_config import ArithmeticConfig as ArithmeticConfig
+from crsm.task_config import CountdownConfig as CountdownConfig
 from crsm.task_config import Gsm8kConfig as Gsm8kConfig
+from crsm.task_config import GymConfig as GymConfig
+from crsm.task_config import MazeConfig as MazeConfig
 from crsm.task_config import PathStarConfig as PathStarConfig
+from crsm.task_config import ProsqaConfig as ProsqaConfig
+from crsm.task_config import SudokuConfig as SudokuConfig
 from crsm.task_config import TaskConfig as TaskConfig
 from crsm.task_config import TokenizerConfig as TokenizerConfig
 from crsm.task_config import TreePathConfig as TreePathConfig
@@ -268,9 +276,9 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _tasks_differ(self) -> Config:
-        names = [task.name for task in self.tasks]
+        names = [task.label for task in self.tasks]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"tasks = {names}; allowed: at least one task, each name once")
+            raise ValueError(f"tasks = {names}; allowed: at least one task, each name once (two of a kind: with an id)")
         return self
 
 
@@ -278,7 +286,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     """Settings from a YAML file (None: the defaults) with ``section.key=value`` overrides, the later ones winning.
 
     A value is read as YAML: ``stage_1.steps=100``, ``search.policy=gumbel``, ``model.world_model.read_layers=[0,2]``.
-    A task is named in the place of an index: ``tasks.path_star.arms=5``.
+    A task is named in the place of an index, by its ``id`` if it has one: ``tasks.path_star.arms=5``.
 
     Raises:
         ValueError: naming the file or override, the key, the value and what is allowed.
@@ -341,12 +349,17 @@ def _siblings(location: tuple[Any, ...], kind: type[Settings]) -> list[str]:
     for part in location[:-1]:
         if part in _TASKS:
             model = _TASKS[part]
+        elif isinstance(part, int) and get_args(model):
+            model = get_args(model)[0]
         elif isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
             model = model.model_fields[part].annotation
     return sorted(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else ["(none)"]
 
 
-_TASKS: dict[Any, type[Settings]] = {"path_star": PathStarConfig, "tree_path": TreePathConfig, "gsm8k": Gsm8kConfig}
+_TASKS: dict[Any, type[Settings]] = {
+    name: kind for kind in get_args(get_args(TaskConfig)[0]) for name in get_args(kind.model_fields["name"].annotation)
+}
+"""The settings of every kind of task, by its name."""
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -366,7 +379,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     for depth, part in enumerate(parents):
         if isinstance(node, list):
-            by_name = {item.get("name"): item for item in node if isinstance(item, dict)}
+            by_name = {item.get("id") or item.get("name"): item for item in node if isinstance(item, dict)}
             if part not in by_name:
                 raise ValueError(f"--set {override!r}: no task {part!r}; allowed: {', '.join(map(str, by_name))}")
             node = by_name[part]

@@ -110,15 +110,18 @@ class Checkpoint:
 def build_model(config: Config, tokenizer: Tokenizer, kernels: Kernels | None = None) -> CRSM:
     """A freshly initialised model (from torch's global generator) whose vocabulary is the tokenizer's.
 
+    The embedding of an imported model may have more rows than its tokenizer has tokens.
+
     Raises:
         ValueError: the settings name another vocabulary size than the tokenizer has.
     """
     sizes = config.model.backbone
-    if sizes.vocab_size not in (0, tokenizer.vocab_size):
+    padded = tokenizer.is_foreign and sizes.vocab_size > tokenizer.vocab_size
+    if sizes.vocab_size not in (0, tokenizer.vocab_size) and not padded:
         raise ValueError(
             f"model.backbone.vocab_size = {sizes.vocab_size}; allowed: 0, or the tokenizer's {tokenizer.vocab_size}"
         )
-    backbone = sizes.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    backbone = sizes.model_copy(update={"vocab_size": max(sizes.vocab_size, tokenizer.vocab_size)})
     model = config.model.model_copy(update={"backbone": backbone})
     return CRSM(config.model_copy(update={"model": model}), kernels)
 

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from crsm.settings import Positive, Probability, Settings
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+
 
 class OptimizerConfig(Settings):
     lr: Annotated[float, Field(gt=0)] = 2e-3
@@ -142,10 +144,23 @@ class TrainConfig(Settings):
     """Where and on what the stages run."""
 
     workers: Positive = 1
+    min_workers: Positive | None = None
+    """Workers that are enough to go on with where nodes come and go; None: always ``workers``."""
+    resize_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """How often it is looked whether there is room for more, up to ``workers``."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads of torch per worker; 0: the machine's cores over the workers."""
     use_gpu: bool = False
     storage_path: str = "runs"
+    """Where runs lie: a folder that every node sees, or ``s3://…`` or ``gs://…``."""
     max_failures: Annotated[int, Field(ge=0)] = 1
-    """Restarts of a failed worker group before the job gives up."""
+    """Restarts of a failed worker group before the job gives up; what a preempted node breaks is not counted."""
     keep_checkpoints: Positive = 2
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where the curves go; ``wandb`` and ``mlflow`` need the extras of these names."""
+
+    @model_validator(mode="after")
+    def _at_most_all_workers(self) -> TrainConfig:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers = {self.min_workers}; allowed: at most workers = {self.workers}")
+        return self

@@ -1,13 +1,13 @@
 """Sweeps over the settings of System 2 on Ray Tune: lag × injection rate, and whatever else a file names.
 
-The output folder holds ``table.parquet`` and ``table.csv``, ``report.md`` with its pictures, and what ``--resume``
-needs: ``sweep.json``, the settings, and ``trials.jsonl``, a line per finished trial.
+The output folder, of a file system or in an object store, holds ``table.parquet`` and ``table.csv``, ``report.md`` with
+its pictures, and what ``--resume`` needs: ``sweep.json``, the settings, and the finished trials
+(:mod:`jobs.ablation.place`).
 """
 
 from __future__ import annotations
 
 import json as jsonlib
-import os
 import shlex
 import sys
 import time
@@ -25,10 +25,8 @@ from jobs.command import (
     SeedOption,
     SetOption,
     run,
-    write_atomically,
     write_result,
 )
-from jobs.runs import put_aside
 
 if TYPE_CHECKING:
     from crsm.config import Config
@@ -37,14 +35,15 @@ if TYPE_CHECKING:
     from jobs.ablation.space import Point, Space
     from jobs.ablation.sweep import Planned
     from jobs.ablation.table import Record
+    from jobs.storage import StoragePath
 
-SWEEP_FILE = "sweep.json"
 DEFAULT_OUTPUT = Path("runs") / "ablations"
-_FREE = ("resources", "concurrent", "max_failures", "targets", "name")
+_FREE = ("resources", "concurrent", "max_failures", "targets", "name", "trackers")
 """Settings of a sweep that change nothing about its trials."""
 
 OutputOption = Annotated[
-    Path | None, typer.Option("--output", metavar="DIR", help="Where to write; runs/ablations/NAME if not given.")
+    str | None,
+    typer.Option("--output", metavar="PLACE", help="A folder, s3://… or gs://…; runs/ablations/NAME if not given."),
 ]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on with what is in the output folder; without it, that is put aside.")
@@ -83,9 +82,15 @@ def main(
     --config names a file with a section "ablation" (configs/ablate_lag_rate.yaml); what else it states, and --set,
     changes the checkpoint's settings. Everything runs by the virtual clock: no figure depends on the machine.
     """
+    from jobs.ablation.place import open_folder, output_place
+    from jobs.ablation.sweep import read_records
+    from jobs.trackers import check_trackers
+
     sweep = prepare(config, overrides or [], seed, checkpoint)
-    folder = output or DEFAULT_OUTPUT / sweep.ablation.name
-    done = open_folder(folder, fingerprint(sweep), resume)
+    folder = output_place(output, DEFAULT_OUTPUT / sweep.ablation.name)
+    check_trackers(sweep.ablation.trackers, "ablation.trackers", folder.local is not None)
+    open_folder(folder, fingerprint(sweep), resume)
+    done = read_records(folder) if resume else []
     limit_threads()
     started = time.perf_counter()
     records = measure(sweep, folder, done)
@@ -141,37 +146,6 @@ def fingerprint(sweep: Sweep) -> dict[str, Any]:
     return dict(jsonlib.loads(jsonlib.dumps(tree)))
 
 
-def open_folder(folder: Path, asked: dict[str, Any], resume: bool) -> list[Record]:
-    """Makes the output folder ready and gives the trials that are finished already.
-
-    Raises:
-        ValueError: there is nothing to resume, or it was made with other settings, or the folder holds something else.
-        OSError: it cannot be written.
-    """
-    from crsm.training.loop import check_fingerprint
-    from jobs.ablation.sweep import read_records
-
-    saved = folder / SWEEP_FILE
-    if resume:
-        if not saved.is_file():
-            raise ValueError(f"nothing to resume in {folder}; allowed: an output folder of this job")
-        try:
-            check_fingerprint(jsonlib.loads(saved.read_text(encoding="utf-8")), asked, str(folder))
-        except ValueError as error:
-            raise ValueError(f"{error}; allowed: the same settings, or another sweep without --resume") from error
-    elif saved.is_file():
-        put_aside(folder)
-        print(f"{folder} held a sweep; it is put aside beside it (--resume goes on with one)", file=sys.stderr)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output {str(folder)!r} holds something else; allowed: a new or empty folder, or a sweep's")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(13, "cannot be written", str(folder))
-    if not resume:
-        write_atomically(saved, jsonlib.dumps(asked, indent=1, ensure_ascii=False) + "\n")
-    return read_records(folder) if resume else []
-
-
 def plan(sweep: Sweep) -> list[Planned]:
     """All trials of a sweep whose points are known beforehand, the seeds of a point neighbouring."""
     from jobs.ablation.space import draw, grid, is_reference
@@ -187,8 +161,9 @@ def plan(sweep: Sweep) -> list[Planned]:
     return planned
 
 
-def measure(sweep: Sweep, folder: Path, done: list[Record]) -> list[Record]:
+def measure(sweep: Sweep, folder: StoragePath, done: list[Record]) -> list[Record]:
     """Runs what is missing; gives all records."""
+    from actors.metrics import Counts
     from jobs.ablation.sweep import append_record, cluster, complete_points, run_optuna, run_planned
     from jobs.ablation.trial import Bench
 
@@ -200,35 +175,40 @@ def measure(sweep: Sweep, folder: Path, done: list[Record]) -> list[Record]:
     total = ablation.points * len(ablation.seeds) if optuna else len(known) + len(missing)
     if len(records) >= total:
         return records
-    bench = Bench(sweep.checkpoint, ablation.task, ablation.problems)
+    bench = Bench(sweep.checkpoint, ablation.task, ablation.problems, ablation.plan_tokens)
+    counts = Counts(ablation.name)
 
     with (
         cluster(ablation.resources),
-        Progress(f"{ablation.name}: {ablation.task}, {total} trials", total) as progress,
+        Progress(f"{ablation.name}: {ablation.task}, {total} trials", total, begun=len(records)) as progress,
     ):
 
         def hear(record: Record) -> None:
             append_record(folder, record)
             records.append(record)
+            counts.add("crsm_trials", 1, finished=str(record.finished).lower())
+            counts.set("crsm_trial_accuracy", record.tally.accuracy)
             progress.update(len(records), accuracy=record.tally.accuracy)
 
         progress.update(len(records))
         if missing:
-            run_planned(bench, ablation, missing, hear)
+            run_planned(bench, ablation, folder, missing, hear)
         if optuna:
-            run_optuna(bench, ablation, sweep.space, records, sweep.settings.seed, hear)
+            run_optuna(bench, ablation, folder, sweep.space, records, sweep.settings.seed, hear)
     return sorted(records, key=lambda record: record.trial)
 
 
-def conclude(sweep: Sweep, records: list[Record], folder: Path, command: str) -> dict[str, Any]:
+def conclude(sweep: Sweep, records: list[Record], folder: StoragePath | Path, command: str) -> dict[str, Any]:
     """Writes the table, the pictures and the report, and gives the job's results."""
     from jobs.ablation.cheapest import cheapest
     from jobs.ablation.checks import lag_trend, silence
     from jobs.ablation.figures import draw_all
+    from jobs.ablation.place import drawing_folder
     from jobs.ablation.report import print_summary, report
     from jobs.ablation.table import pool, pooled_rows, rows, write_table
+    from jobs.storage import StoragePath
 
-    ablation = sweep.ablation
+    ablation, folder = sweep.ablation, StoragePath.of(folder)
     controls = ablation.controls if sweep.reference is not None else ()
     table, points = rows(records, controls), pool(records)
     results: dict[str, Any] = {
@@ -249,8 +229,9 @@ def conclude(sweep: Sweep, records: list[Record], folder: Path, command: str) ->
         "table": table,
     }
     results["files"] = [path.name for path in write_table(table, folder)]
-    pictures = draw_all(points, sweep.reference, controls, results["cheapest"], ablation.task, folder)
-    write_atomically(folder / "report.md", report(results, ablation, pictures))
+    with drawing_folder(folder) as scratch:
+        pictures = draw_all(points, sweep.reference, controls, results["cheapest"], ablation.task, scratch)
+    (folder / "report.md").write_text(report(results, ablation, pictures))
     results["files"] += [*pictures, "report.md"]
     print_summary(results)
     return results

@@ -3,6 +3,7 @@
 =================================  ====================================================================================
 ``configs/*.yaml``                 the typed settings of :mod:`crsm.config`
 ``configs/ablate_*.yaml``          those, a sweep and its space (:mod:`jobs.ablation.settings`)
+``configs/evaluate*.yaml``         those, and how benchmarks are asked (:mod:`jobs.evaluation.settings`)
 ``configs/tune_*.yaml``            those, and a search over a stage's settings (:mod:`jobs.ablation.tuning`)
 ``configs/data/*.yaml``            preparations of data (:mod:`crsm.data_config`)
 ``configs/runtime_env.yaml``       the fields of Ray's ``RuntimeEnv``
@@ -114,6 +115,7 @@ def _settings(path: Path) -> Iterator[str]:
     from jobs.ablation.settings import load_ablation
     from jobs.ablation.space import parse_space
     from jobs.ablation.tuning import load_tuning
+    from jobs.evaluation.settings import load_evaluation
 
     if path.name.startswith("ablate_"):
         sweep = load_ablation(path)
@@ -121,6 +123,8 @@ def _settings(path: Path) -> Iterator[str]:
         parse_space(sweep.ablation.space, parse_config(sweep.stated, str(path)), ranges=ranges)
     elif path.name.startswith("tune_"):
         load_tuning(path)
+    elif path.name.startswith("evaluate"):
+        load_evaluation(path)
     else:
         load_config(path)
     yield from ()

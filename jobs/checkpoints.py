@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -63,9 +64,9 @@ def pick_task(config: Config, name: str) -> Task:
     from crsm.tasks import build_task
 
     for task in config.tasks:
-        if task.name == name:
+        if task.label == name:
             return build_task(task)
-    raise ValueError(f"task = {name!r}; allowed: {', '.join(task.name for task in config.tasks)}")
+    raise ValueError(f"task = {name!r}; allowed: {', '.join(task.label for task in config.tasks)}")
 
 
 @contextlib.contextmanager
@@ -100,14 +101,17 @@ def planner_actors(checkpoint: Checkpoint, shed: bool = False) -> Iterator[Plann
         OSError: no actor could be started; the reason is named.
     """
     from actors.cluster import start_ray
+    from actors.metrics import Counts, GeneratorCounts, exported
     from actors.pool import PlannerPool
 
     with start_ray():
         pool = PlannerPool(checkpoint, checkpoint.config.planners, shed=shed)
+        counts = GeneratorCounts(Counts("planners"))
         try:
             if not pool.wait_until_ready():
                 raise OSError(f"no planner actor could be started: {pool.stats().last_error or 'no reason was given'}")
-            yield pool
+            with exported(lambda: counts.look({"pool": dataclasses.asdict(pool.stats())})):
+                yield pool
         finally:
             pool.close()
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.command import write_atomically
 from jobs.runs import describe_outcome, run_folder
 from jobs.stage_3_value_head import roll_out_jobs
+from jobs.storage import StoragePath
 from jobs.train import train_stage
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def needs_attempts(settings: Config) -> bool:
     )
 
 
-def with_attempts(settings: Config, path: Path) -> Config:
+def with_attempts(settings: Config, path: StoragePath) -> Config:
     """The settings of a run whose open-text tasks read their attempts from ``path``."""
     tasks = tuple(
         task.model_copy(update={"attempts_path": str(path)}) if task.name == "gsm8k" else task
@@ -40,7 +39,9 @@ def with_attempts(settings: Config, path: Path) -> Config:
     return settings.model_copy(update={"tasks": tasks})
 
 
-def bootstrap(settings: Config, source: str | Path | None, storage: Path, name: str) -> tuple[Config, Path]:
+def bootstrap(
+    settings: Config, source: str | StoragePath | None, storage: str, name: str
+) -> tuple[Config, StoragePath]:
     """Trains on solutions alone and makes the attempts; both are skipped where an earlier start made them.
 
     Returns:
@@ -54,7 +55,7 @@ def bootstrap(settings: Config, source: str | Path | None, storage: Path, name: 
     path = run_folder(storage, name) / FOLDER / "attempts.jsonl"
     if not path.is_file():
         records = roll_out_jobs(settings, outcome.checkpoint, plan_attempts(settings), "attempts")
-        write_atomically(path, attempts_jsonl(settings, records))
+        path.write_text(attempts_jsonl(settings, records))
     return with_attempts(settings, path), outcome.checkpoint
 
 
@@ -70,7 +71,7 @@ def plan_attempts(settings: Config) -> list[RolloutJob]:
     }
     return [
         RolloutJob(
-            task=task.name,
+            task=task.label,
             split=split,
             problem_seed=settings.seed,
             first=first,

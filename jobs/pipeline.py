@@ -18,11 +18,14 @@ from jobs.runs import (
     Outcome,
     StorageOption,
     describe_outcome,
+    local_copy,
     locate,
     previous_checkpoint,
     put_aside,
+    read_description,
     run_folder,
 )
+from jobs.storage import StoragePath
 from jobs.train import cluster, one_line_failure, train_stage
 
 if TYPE_CHECKING:
@@ -59,25 +62,26 @@ def main(
     chosen = parse_stages(stages)
     storage, name = locate(settings, storage, name)
     if fresh:
-        for folder in sorted(run_folder(storage, name).glob("stage_*")):
-            if folder.name[: len("stage_1")] >= chosen[0] and ".old-" not in folder.name:
+        for folder in run_folder(storage, name).iterdir():
+            is_stage = folder.name.startswith("stage_") and ".old-" not in folder.name
+            if is_stage and folder.name[: len("stage_1")] >= chosen[0]:
                 put_aside(folder)
     started = time.perf_counter()
     with one_line_failure():
         outcomes = train(settings, chosen, checkpoint, storage, name)
     results: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "jobs.pipeline", *sys.argv[1:]]),
-        "checkpoint": output or outcomes[-1].checkpoint,
+        "checkpoint": str(output or outcomes[-1].checkpoint),
         "seconds": {outcome.stage: outcome.report["seconds"] for outcome in outcomes},
         "wall_seconds": time.perf_counter() - started,
-        "stages": _all_reports(outcomes[-1].checkpoint),
+        "stages": read_description(outcomes[-1].checkpoint)["report"],
         "parameters": _parameters(outcomes[-1].checkpoint),
     }
     if output is not None:
         from crsm.model import load_checkpoint, save_checkpoint
         from jobs.report import draw_report
 
-        save_checkpoint(load_checkpoint(outcomes[-1].checkpoint), output)
+        save_checkpoint(load_checkpoint(local_copy(outcomes[-1].checkpoint)), output)
         write_result("pipeline", settings, settings.seed, results, output / "report.json")
         draw_report(results["stages"], output / "report.png", title=f"{name}: training")
         print(f"checkpoint, report.json and report.png in {output}", file=sys.stderr)
@@ -96,14 +100,12 @@ def parse_stages(text: str) -> list[str]:
     return names
 
 
-def train(
-    settings: Config, stages: list[str], checkpoint: str | Path | None, storage: Path, name: str
-) -> list[Outcome]:
+def train(settings: Config, stages: list[str], checkpoint: str | None, storage: str, name: str) -> list[Outcome]:
     """Runs stages in a row, each starting from what the one before left."""
     from jobs.make_attempts import bootstrap, needs_attempts
     from jobs.stage_3_value_head import describe_judgment, train_judgment
 
-    source = checkpoint
+    source: str | StoragePath | None = checkpoint
     if source is None and stages[0] != "stage_1":
         source = previous_checkpoint(stages[0], storage, name)
     outcomes: list[Outcome] = []
@@ -124,16 +126,10 @@ def train(
     return outcomes
 
 
-def _all_reports(checkpoint: Path) -> dict[str, Any]:
-    import json
-
-    return dict(json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["report"])
-
-
-def _parameters(checkpoint: Path) -> dict[str, int]:
+def _parameters(checkpoint: StoragePath) -> dict[str, int]:
     from crsm.model import load_checkpoint
 
-    return load_checkpoint(checkpoint).model.num_parameters()
+    return load_checkpoint(local_copy(checkpoint)).model.num_parameters()
 
 
 if __name__ == "__main__":

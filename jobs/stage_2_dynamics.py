@@ -41,7 +41,7 @@ def main(
     with one_line_failure():
         outcome = train_stage("stage_2", settings, source, storage, name)
     print(describe_outcome(outcome), file=sys.stderr)
-    results = {"checkpoint": outcome.checkpoint, "had_finished": outcome.had_finished, **outcome.report}
+    results = {"checkpoint": str(outcome.checkpoint), "had_finished": outcome.had_finished, **outcome.report}
     write_result("stage_2_dynamics", settings, settings.seed, results, json)
 
 

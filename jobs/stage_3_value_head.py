@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.command import (
@@ -15,7 +14,6 @@ from jobs.command import (
     SetOption,
     load_settings,
     run,
-    write_atomically,
     write_result,
 )
 from jobs.runs import (
@@ -25,13 +23,18 @@ from jobs.runs import (
     Outcome,
     StorageOption,
     describe_outcome,
+    local_copy,
+    localised,
     locate,
     plain_settings,
     previous_checkpoint,
     put_aside,
+    resolve,
     run_folder,
     weights_hash,
+    within_reach,
 )
+from jobs.storage import StoragePath
 from jobs.train import cluster, one_line_failure, require_resources, train_stage
 
 if TYPE_CHECKING:
@@ -68,14 +71,14 @@ def main(
         outcome = train_judgment(settings, source, storage, name)
     print(describe_outcome(outcome), file=sys.stderr)
     print(describe_judgment(outcome, settings), file=sys.stderr)
-    results = {"checkpoint": outcome.checkpoint, "had_finished": outcome.had_finished, **outcome.report}
+    results = {"checkpoint": str(outcome.checkpoint), "had_finished": outcome.had_finished, **outcome.report}
     write_result("stage_3_value_head", settings, settings.seed, results, json)
 
 
-def train_judgment(settings: Config, source: str | Path, storage: Path, name: str) -> Outcome:
+def train_judgment(settings: Config, source: str | StoragePath, storage: str, name: str) -> Outcome:
     """All rounds of roll-outs and training; each trains on the roll-outs of its own and of the earlier rounds."""
     rounds = settings.stage_3.iterations
-    earlier: Path | None = None
+    earlier: StoragePath | None = None
     outcome: Outcome | None = None
     for index in range(rounds):
         last = index == rounds - 1
@@ -88,9 +91,9 @@ def train_judgment(settings: Config, source: str | Path, storage: Path, name: st
     return outcome
 
 
-def put_aside_rounds(folder: Path) -> None:
-    for path in [folder / "stage_3", *sorted(folder.glob("stage_3.round_*"))]:
-        if ".old-" not in path.name:
+def put_aside_rounds(folder: StoragePath) -> None:
+    for path in folder.iterdir():
+        if (path.name == "stage_3" or path.name.startswith("stage_3.round_")) and ".old-" not in path.name:
             put_aside(path)
 
 
@@ -113,7 +116,9 @@ def _shown(value: float | None) -> str:
 # ----------------------------------------------------------------------------------------------------------- roll-outs
 
 
-def collect(settings: Config, source: str | Path, folder: Path, index: int, earlier: Path | None) -> Path:
+def collect(
+    settings: Config, source: str | StoragePath, folder: StoragePath, index: int, earlier: StoragePath | None
+) -> StoragePath:
     """The roll-outs of a round with those of the earlier ones, one JSON object a line; made only if they are missing.
 
     Beside them, ``rollouts.json`` says what they were made with and how accurate the systems were.
@@ -128,21 +133,21 @@ def collect(settings: Config, source: str | Path, folder: Path, index: int, earl
         "input checkpoint": weights_hash(source),
     }
     if summary.is_file() and path.is_file():
-        found = jsonlib.loads(summary.read_text(encoding="utf-8"))["made_with"]
+        found = jsonlib.loads(summary.read_text())["made_with"]
         try:
             check_fingerprint(found, made_with, str(path))
         except ValueError as error:
             raise ValueError(f"{error}; allowed: the same settings, another --name, or --fresh") from error
         return path
+    folder.check_writable()
     with cluster():
-        records = roll_out_jobs(settings, source, plan_jobs(settings, index), "stage_3 roll-outs")
-    rounds = (
-        [] if earlier is None else jsonlib.loads(earlier.with_suffix(".json").read_text(encoding="utf-8"))["rounds"]
-    )
-    before = "" if earlier is None else earlier.read_text(encoding="utf-8")
-    write_atomically(path, before + "".join(jsonlib.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        within = within_reach(resolve(source), folder)
+        records = roll_out_jobs(settings, within, plan_jobs(settings, index), "stage_3 roll-outs")
+    rounds = [] if earlier is None else jsonlib.loads(earlier.with_name("rollouts.json").read_text())["rounds"]
+    before = "" if earlier is None else earlier.read_text()
+    path.write_text(before + "".join(jsonlib.dumps(record, ensure_ascii=False) + "\n" for record in records))
     described = {"made_with": made_with, "rounds": [*rounds, {"round": index + 1, "accuracy": accuracies(records)}]}
-    write_atomically(summary, jsonlib.dumps(described, indent=1, ensure_ascii=False) + "\n")
+    summary.write_text(jsonlib.dumps(described, indent=1, ensure_ascii=False) + "\n")
     for task, row in accuracies(records).items():
         figures = ", ".join(f"System {system} {value:.3f}" for system, value in row.items())
         print(f"stage_3: round {index + 1}, roll-outs of {task}: {figures}", file=sys.stderr)
@@ -162,7 +167,7 @@ def plan_jobs(settings: Config, index: int) -> list[RolloutJob]:
             for system in (2, 1):  # the longer work first
                 jobs.append(
                     RolloutJob(
-                        task=task.name,
+                        task=task.label,
                         split="train",
                         problem_seed=seed,
                         first=first,
@@ -185,19 +190,24 @@ def accuracies(records: list[Record]) -> dict[str, dict[int, float]]:
     }
 
 
-def roll_out_jobs(settings: Config, source: str | Path, jobs: list[RolloutJob], title: str) -> list[Record]:
+def roll_out_jobs(settings: Config, source: StoragePath, jobs: list[RolloutJob], title: str) -> list[Record]:
     """Runs jobs on ``stage_3.actors`` actors of the running Ray session, each with the checkpoint ``source``."""
     import ray
 
     from actors.rollouts import RolloutActor, run_fleet
     from crsm.config import core_count
-    from crsm.model import resolve_checkpoint
 
     actors = settings.stage_3.actors
     require_resources({"CPU": float(actors)}, f"{title} with stage_3.actors = {actors}")
     threads = settings.train.threads or max(1, core_count() // actors)
-    remote = ray.remote(num_cpus=1)(RolloutActor)
-    path = str(resolve_checkpoint(source).resolve())
+
+    class LocalRolloutActor(RolloutActor):
+        """Opens its checkpoint and its data where they lie, or from the copies of its node."""
+
+        def __init__(self, source: StoragePath, config: Config, threads: int) -> None:
+            super().__init__(str(local_copy(source)), localised(config), threads)
+
+    remote = ray.remote(num_cpus=1)(LocalRolloutActor)
     with Progress(f"{title} by {actors} actors", len(jobs)) as progress:
         progress.update(0)
 
@@ -205,7 +215,7 @@ def roll_out_jobs(settings: Config, source: str | Path, jobs: list[RolloutJob], 
             figures: dict[str, Any] = {"deaths": deaths} if deaths else {}
             progress.update(done, **figures)
 
-        return run_fleet(jobs, lambda: remote.remote(path, settings, threads), actors, show)
+        return run_fleet(jobs, lambda: remote.remote(source, settings, threads), actors, show)
 
 
 if __name__ == "__main__":

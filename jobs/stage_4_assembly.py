@@ -42,7 +42,7 @@ def main(
     with one_line_failure():
         outcome = train_stage("stage_4", settings, source, storage, name)
     print(describe_outcome(outcome), file=sys.stderr)
-    results = {"checkpoint": outcome.checkpoint, "had_finished": outcome.had_finished, **outcome.report}
+    results = {"checkpoint": str(outcome.checkpoint), "had_finished": outcome.had_finished, **outcome.report}
     write_result("stage_4_assembly", settings, settings.seed, results, json)
 
 

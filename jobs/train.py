@@ -10,43 +10,38 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from jobs import train_worker
-from jobs.command import Progress, commit, write_atomically
-from jobs.runs import (
-    PROGRESS_FILE,
-    STAGES,
-    Outcome,
-    Work,
-    check_writable,
-    fingerprint,
-    read_report,
-    resolve,
-    run_folder,
-)
+from jobs.command import commit
+from jobs.runs import MARKER, STAGES, Outcome, Work, fingerprint, read_report, resolve, run_folder, within_reach
+from jobs.storage import StoragePath
+from jobs.trackers import check_trackers
+from jobs.train_progress import failure_callback, start_board, watched
 
 if TYPE_CHECKING:
     from ray.train import UserCallback
 
     from crsm.config import Config
 
-_MAX_FAILED_STARTS = 3
-"""Times that workers may fail to start; Ray Train's own default waits for ever."""
+_MAX_FAILED_STARTS, _START_TIMEOUT = 3, 180
+"""Times that workers may fail to start, and seconds until they have a place: a node may have to be started for them.
+Ray Train's own default tries for ever."""
+_MAX_FAILED_ELASTIC_STARTS, _ELASTIC_START_TIMEOUT = 100, 15
+"""Elastic workers are started where there is room already; that a node is gone is known up to 20 s late."""
 
 
 def train_stage(
     stage: str,
     config: Config,
-    input_checkpoint: str | Path | None,
+    input_checkpoint: str | Path | StoragePath | None,
     storage_path: str | Path,
     run_name: str,
     *,
-    rollouts: Path | None = None,
+    rollouts: StoragePath | None = None,
     folder_name: str | None = None,
     callbacks: Sequence[UserCallback] = (),
 ) -> Outcome:
@@ -78,26 +73,29 @@ def train_stage(
         config=config.model_dump(mode="json"),
         input_checkpoint=None if source is None else str(source),
         folder=str(folder),
-        rollouts=None if rollouts is None else str(rollouts.resolve()),
+        rollouts=None if rollouts is None else str(rollouts),
         fingerprint=fingerprint(stage, config, source, rollouts),
         commit=commit(),
     )
-    check_writable(folder)
+    check_trackers(config.train.trackers, "train.trackers", folder.local is not None)
+    folder.check_writable()
     begun = folder / "run.json"
     if begun.is_file():
         from crsm.training.loop import check_fingerprint
 
         try:
-            check_fingerprint(json.loads(begun.read_text(encoding="utf-8")), work.fingerprint, str(folder))
+            check_fingerprint(json.loads(begun.read_text()), work.fingerprint, folder.where)
         except ValueError as error:
             raise ValueError(f"{error}; allowed: the same settings, another --name, or --fresh") from error
     else:
-        write_atomically(begun, json.dumps(work.fingerprint, indent=1, ensure_ascii=False) + "\n")
-    if not work.output.exists():
+        begun.write_text(json.dumps(work.fingerprint, indent=1, ensure_ascii=False) + "\n")
+    if not (work.output / MARKER).is_file():
         _require_workers(work, config)
+        if source is not None:
+            work = dataclasses.replace(work, input_checkpoint=str(within_reach(source, folder)))
         with cluster():
             _fit(work, config, callbacks)
-        if not (work.output / "config.json").is_file():
+        if not (work.output / MARKER).is_file():
             raise RuntimeError(f"{stage} ended without a checkpoint at {work.output}")
         return Outcome(stage, work.output, read_report(work), had_finished=False)
     return Outcome(stage, work.output, read_report(work), had_finished=True)
@@ -107,15 +105,14 @@ def train_stage(
 def cluster() -> Iterator[None]:
     """A Ray session: the one that is there, the cluster that ``RAY_ADDRESS`` names, or a new one on this machine.
 
-    What was not started here is left running. What a stage has to say comes through its ``progress.jsonl``, and what
-    goes wrong as an exception; Ray's own processes write their logs where Ray keeps them.
+    What was not started here is left running. What a stage has to say comes through :mod:`jobs.train_progress`, and
+    what goes wrong as an exception; Ray's own processes write their logs where Ray keeps them.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray Train moves its workers to a folder of its own; relative paths in the settings mean the folder of the command.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; without it Ray warns
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how late the end of a stage is noticed
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")  # a busy machine imports slowly
     from actors.cluster import start_ray
 
     with start_ray():
@@ -157,9 +154,13 @@ def require_resources(need: Mapping[str, float], what: str) -> None:
 
 
 def _require_workers(work: Work, config: Config) -> None:
-    workers = float(config.train.workers)
-    need = {"CPU": workers} | ({"GPU": workers} if config.train.use_gpu else {})
-    require_resources(need, f"{work.stage} with train.workers = {config.train.workers}")
+    settings = config.train
+    least = float(settings.workers if settings.min_workers is None else settings.min_workers)
+    need = {"CPU": least} | ({"GPU": least} if settings.use_gpu else {})
+    which = f"train.workers = {settings.workers}"
+    if settings.min_workers is not None:
+        which = f"train.min_workers = {settings.min_workers}"
+    require_resources(need, f"{work.stage} with {which}")
 
 
 def _fit(work: Work, config: Config, callbacks: Sequence[UserCallback]) -> None:
@@ -169,29 +170,44 @@ def _fit(work: Work, config: Config, callbacks: Sequence[UserCallback]) -> None:
 
     settings = config.train
     _require_workers(work, config)
-    folder = Path(work.folder)
+    path, filesystem = work.place.parent.for_ray()
+    board = start_board()
+    elastic = settings.min_workers is not None and settings.min_workers < settings.workers
+    starts, timeout = (
+        (_MAX_FAILED_ELASTIC_STARTS, _ELASTIC_START_TIMEOUT) if elastic else (_MAX_FAILED_STARTS, _START_TIMEOUT)
+    )
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(timeout))
     trainer = TorchTrainer(
         train_worker.train,
-        train_loop_config=dataclasses.asdict(work),
-        scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=settings.use_gpu),
+        train_loop_config={"work": dataclasses.asdict(work), "board": board},
+        scaling_config=ScalingConfig(
+            num_workers=(settings.min_workers, settings.workers) if elastic else settings.workers,
+            use_gpu=settings.use_gpu,
+            elastic_resize_monitor_interval_s=settings.resize_seconds,
+        ),
         run_config=RunConfig(
-            name=folder.name,
-            storage_path=str(folder.parent),
-            failure_config=FailureConfig(
-                max_failures=settings.max_failures, controller_failure_limit=_MAX_FAILED_STARTS
-            ),
-            callbacks=[_failure_callback(folder / PROGRESS_FILE, settings.max_failures), *callbacks],
+            name=work.place.name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=starts),
+            callbacks=[failure_callback(board, settings.max_failures), *callbacks],
             checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    with _watched(work, int(work.config[work.stage]["steps"])), _own_interrupt():
+    steps = int(work.config[work.stage]["steps"])
+    workers = f"{settings.min_workers} to {settings.workers} workers" if elastic else _workers(settings.workers)
+    with watched(board, work.stage, steps, workers, work.place), _own_interrupt():
         try:
             failure = trainer.fit().return_value
         except TrainingFailedError as error:
             _raise_cause(error)
     if failure:
         raise {"FloatingPointError": FloatingPointError, "ValueError": ValueError}[failure["kind"]](failure["message"])
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'s' if count > 1 else ''}"
 
 
 def _raise_cause(error: Exception) -> NoReturn:
@@ -203,21 +219,6 @@ def _raise_cause(error: Exception) -> NoReturn:
             if isinstance(failure, kind):
                 raise kind(str(failure)) from error
     raise error
-
-
-def _failure_callback(path: Path, max_failures: int) -> UserCallback:
-    """Tells the driver why a worker group is started anew; runs in Ray Train's controller."""
-    from ray.train import UserCallback
-
-    class TellFailures(UserCallback):
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            for rank, failure in sorted(worker_exceptions.items()):
-                text = (str(failure).splitlines() or [""])[0]
-                what = f"worker {rank} failed: {type(failure).__name__}: {text} (train.max_failures = {max_failures})"
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"say": what}) + "\n")
-
-    return TellFailures()
 
 
 @contextlib.contextmanager
@@ -233,53 +234,6 @@ def _own_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _watched(work: Work, steps: int) -> Iterator[None]:
-    """Shows what the worker of rank 0 writes into ``progress.jsonl``."""
-    path = Path(work.folder) / PROGRESS_FILE
-    position = path.stat().st_size if path.exists() else 0
-    ended = threading.Event()
-
-    def read() -> Iterator[dict[str, Any]]:
-        nonlocal position
-        if path.exists():
-            with open(path, encoding="utf-8") as file:
-                file.seek(position)
-                while (line := file.readline()).endswith("\n"):
-                    position = file.tell()
-                    with contextlib.suppress(ValueError):  # cut short by the death of its writer
-                        yield json.loads(line)
-
-    def show(progress: Progress, message: dict[str, Any]) -> None:
-        if "say" in message:
-            progress.say(f"{work.stage}: {message['say']}")
-        else:
-            progress.update(int(message.pop("step")), **message)
-
-    def watch() -> None:
-        # The bar's clock starts with the training, not with the starting of workers.
-        while not (first := list(read())) and not ended.wait(0.5):
-            pass
-        with Progress(work.stage, steps) as progress:
-            for message in first:
-                show(progress, message)
-            while not ended.wait(0.5):
-                for message in read():
-                    show(progress, message)
-            for message in read():
-                show(progress, message)
-
-    workers = work.config["train"]["workers"]
-    print(f"{work.stage}: starts {workers} worker{'s' if workers > 1 else ''}", file=sys.stderr, flush=True)
-    thread = threading.Thread(target=watch, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 @contextlib.contextmanager

@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.runs import PROGRESS_FILE, Work
+from jobs.preemption import SaveOnNotice
+from jobs.runs import MARKER, Work, local_copy, localised
+from jobs.storage import StoragePath, fetch
+from jobs.trackers import StageTrackers
 
 if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
     from crsm.config import Config
     from crsm.data.tokenizer import Tokenizer
     from crsm.model import Checkpoint
@@ -29,7 +34,7 @@ def train(told: dict[str, Any]) -> dict[str, str] | None:
 
     world = ray.train.get_context().get_world_size()
     try:
-        _train_and_save(Work(**told))
+        _train_and_save(Work(**told["work"]), told["board"])
     except FloatingPointError as error:  # raised on all workers or on none
         return {"kind": "FloatingPointError", "message": str(error)}
     except ValueError as error:
@@ -39,7 +44,7 @@ def train(told: dict[str, Any]) -> dict[str, str] | None:
     return None
 
 
-def _train_and_save(work: Work) -> None:
+def _train_and_save(work: Work, board: ActorHandle) -> None:
     import ray.train
     import ray.train.torch
     import torch
@@ -67,8 +72,10 @@ def _train_and_save(work: Work) -> None:
             broadcast_buffers=False,  # no buffer changes in training
         )
     resume = _latest_state(work)
-    reporter = _Reporter(work, resume.step if resume else 0, active=rank == 0)
-    reporter.say("starts training" if resume is None else f"goes on from step {resume.step}")
+    reporter = _Reporter(work, board, resume.step if resume else 0, active=rank == 0)
+    with_workers = f" with {world} workers" if world > 1 else ""
+    reporter.say(("starts training" if resume is None else f"goes on from step {resume.step}") + with_workers)
+    notice = SaveOnNotice()
     latest: dict[str, float] = {}
     """What is known of the model when a state is saved, for whoever compares runs."""
 
@@ -80,6 +87,14 @@ def _train_and_save(work: Work) -> None:
         latest.update(point)
         reporter.evaluation(point)
 
+    def checkpoint(state: LoopState) -> None:
+        started = time.monotonic()
+        _report(state, rank, latest)
+        notice.saved(time.monotonic() - started)
+        if state.step % stage.settings.checkpoint_every and state.step < stage.settings.steps:
+            reporter.say(f"saved step {state.step}: a node is about to go")
+        reporter.keep_curves()
+
     result = run_stage(
         stage,
         rank=rank,
@@ -89,7 +104,8 @@ def _train_and_save(work: Work) -> None:
         fingerprint=work.fingerprint,
         on_log=log,
         on_evaluate=evaluation,
-        on_checkpoint=lambda state: _report(state, rank, latest),
+        on_checkpoint=checkpoint,
+        save_now=notice.is_due,
     )
     if rank == 0:
         stage.cpu()
@@ -144,7 +160,7 @@ def build_stage(work: Work, config: Config) -> _Built:
     from crsm.training.dynamics import DynamicsStage
     from crsm.training.judgment import JudgmentStage
 
-    tasks = build_tasks(config.tasks)
+    tasks = build_tasks(localised(config).tasks)
     previous = None
     if work.input_checkpoint is None:
         tokenizer = build_tokenizer(config.tokenizer, tasks, config.seed)
@@ -155,7 +171,7 @@ def build_stage(work: Work, config: Config) -> _Built:
         # no other backbone.
         renewable = {"stage_2": ("world_model",), "stage_4": ("writer",)}.get(work.stage, ())
         torch.manual_seed(config.seed)
-        previous = load_checkpoint(work.input_checkpoint, config=config, renewable=renewable)
+        previous = load_checkpoint(local_copy(work.input_checkpoint), config=config, renewable=renewable)
         model, tokenizer = previous.model, previous.tokenizer
         # The run's settings, with the sizes that were filled in when the model was made.
         model.config = config.model_copy(update={"model": model.config.model})
@@ -167,7 +183,7 @@ def build_stage(work: Work, config: Config) -> _Built:
             stage = DynamicsStage(model, config.stage_2, config.seed, tasks, tokenizer)
         case "stage_3":
             assert work.rollouts is not None
-            rollouts = read_rollouts(Path(work.rollouts))
+            rollouts = read_rollouts(fetch(StoragePath.of(work.rollouts)))
             stage = JudgmentStage(model, config.stage_3, config.seed, tasks, tokenizer, rollouts)
         case _:
             length = config.deliberation.plan_length
@@ -209,12 +225,18 @@ def _save(work: Work, built: _Built, report: dict[str, Any], say: Callable[[str]
         report |= {"gates": gates, "calibration_seconds": time.perf_counter() - started}
         say("gates open" if gates["open"] else f"GATES STAY SHUT: {gates['reason']}")
     if work.rollouts is not None:
-        summary = Path(work.rollouts).with_suffix(".json")
-        report["rounds"] = json.loads(summary.read_text(encoding="utf-8"))["rounds"]
+        summary = StoragePath.of(work.rollouts).with_name("rollouts.json")
+        report["rounds"] = json.loads(summary.read_text())["rounds"]
     report["commit"] = work.commit
     whole = (dict(previous.report) if previous else {}) | {work.stage: finite(report)}
     say("saves the checkpoint")
-    save_checkpoint(dataclasses.replace(checkpoint, report=whole), work.output)
+    checkpoint = dataclasses.replace(checkpoint, report=whole)
+    if work.output.local is not None:
+        save_checkpoint(checkpoint, work.output.local)
+        return
+    with tempfile.TemporaryDirectory(prefix="crsm-checkpoint-") as folder:
+        save_checkpoint(checkpoint, Path(folder) / "checkpoint")
+        work.output.upload(Path(folder) / "checkpoint", last=MARKER)
 
 
 def gates_may_open(previous: Checkpoint | None, config: Config) -> tuple[bool, str]:
@@ -239,46 +261,46 @@ def finite(value: Any) -> Any:
 
 
 class _Reporter:
-    """Curves for TensorBoard, and lines for the driver; silent on all workers but the first."""
+    """Curves for the trackers, and messages for the driver; silent on all workers but the first."""
 
-    def __init__(self, work: Work, step: int, active: bool) -> None:
-        self._writer: Any = None
-        self._lines: Any = None
-        if not active:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = Path(work.folder)
-        self._writer = SummaryWriter(str(folder.parent / "tensorboard" / folder.name), purge_step=step + 1)
-        self._lines = open(folder / PROGRESS_FILE, "a", encoding="utf-8")
+    def __init__(self, work: Work, board: ActorHandle, step: int, active: bool) -> None:
+        self._trackers: StageTrackers | None = None
+        self._board = board if active else None
+        if active:
+            settings = {"seed": work.config["seed"], work.stage: work.config[work.stage]}
+            self._trackers = StageTrackers(work.config["train"]["trackers"], work.place, settings, step, self.say)
 
     def log(self, point: Point) -> None:
         figures = {"loss": point["loss"], "lr": point["lr"], "tokens/s": point["tokens_per_second"]}
-        self._write({"step": int(point["step"]), **figures})
-        self._scalars(point)
+        self._tell({"step": int(point["step"]), **figures})
+        if self._trackers is not None:
+            self._trackers.log(point)
 
     def evaluation(self, point: Point) -> None:
         shown = {name: value for name, value in point.items() if name not in ("step", "seconds")}
         text = ", ".join(f"{name.removeprefix('valid/')} {value:.4g}" for name, value in list(shown.items())[:12])
         more = f", and {len(shown) - 12} more" if len(shown) > 12 else ""
         self.say(f"step {int(point['step'])}, held out: {text}{more}")
-        self._scalars(point)
+        if self._trackers is not None:
+            self._trackers.log(point)
 
     def say(self, text: str) -> None:
-        self._write({"say": text})
+        self._tell({"say": text})
+
+    def keep_curves(self) -> None:
+        """Puts them where the run lies."""
+        if self._trackers is not None:
+            self._trackers.keep()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._lines.close()
+        if self._trackers is None or self._board is None:
+            return
+        import ray
 
-    def _write(self, message: dict[str, Any]) -> None:
-        if self._lines is not None:
-            self._lines.write(json.dumps(message) + "\n")
-            self._lines.flush()
+        self._trackers.close()
+        # What was told before this has arrived when it has.
+        ray.get(self._board.read.remote(0), timeout=30)
 
-    def _scalars(self, point: Point) -> None:
-        if self._writer is not None:
-            for name, value in point.items():
-                if name != "step":
-                    self._writer.add_scalar(name, value, int(point["step"]))
+    def _tell(self, message: dict[str, Any]) -> None:
+        if self._board is not None:
+            self._board.tell.remote(message)

@@ -2,8 +2,8 @@
 
 A trial is a whole run of ``jobs.train`` in a small process of Tune's; its controller and workers are Ray Train's own,
 and tell Tune how far they are whenever they save a state. What a trial leaves lies under ``trials/`` of the output
-folder like any run; ``trials.jsonl`` has a line for every trial that ended, and ``--resume`` goes on from there: trials
-that had begun resume from their last state.
+folder like any run, with its trackers (``train.trackers``); every trial that ended is kept
+(:mod:`jobs.ablation.place`), and ``--resume`` goes on from there: trials that had begun resume from their last state.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ if TYPE_CHECKING:
     from crsm.config import Config
     from jobs.ablation.space import Point
     from jobs.ablation.tuning import TuningConfig, TuningFile
+    from jobs.storage import StoragePath
 
 DEFAULT_OUTPUT = Path("runs") / "tuning"
-TRIALS_FILE = "trials.jsonl"
 HEAD_NODE = "node:__internal_head__"
 """A resource that every cluster has, once."""
 
 OutputOption = Annotated[
-    Path | None, typer.Option("--output", metavar="DIR", help="Where to write; runs/tuning/NAME if not given.")
+    str | None,
+    typer.Option("--output", metavar="PLACE", help="A folder, s3://… or gs://…; runs/tuning/NAME if not given."),
 ]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on with what is in the output folder; without it, that is put aside.")
@@ -61,13 +62,15 @@ def main(
 
     --config names a file with a section "tuning" beside the settings of a training run (configs/tune_stage_1.yaml).
     """
-    from jobs.ablate import open_folder
+    from jobs.ablation.place import open_folder, output_place
     from jobs.ablation.tuning import as_options, load_tuning
+    from jobs.trackers import check_trackers
     from jobs.train import one_line_failure
 
     commit()
     asked = load_tuning(config, overrides or [], seed)
-    folder = (output or DEFAULT_OUTPUT / asked.tuning.name).resolve()
+    folder = output_place(output, DEFAULT_OUTPUT / asked.tuning.name)
+    check_trackers(asked.settings.train.trackers, "train.trackers", folder.local is not None)
     open_folder(folder, _fingerprint(asked), resume)
     started = time.perf_counter()
     with one_line_failure():
@@ -101,11 +104,13 @@ def _fingerprint(asked: TuningFile) -> dict[str, Any]:
     return dict(jsonlib.loads(jsonlib.dumps(tree)))
 
 
-def tune_stage(asked: TuningFile, folder: Path) -> list[Trial]:
+def tune_stage(asked: TuningFile, folder: StoragePath) -> list[Trial]:
     """Runs what is missing; gives all trials."""
     import ray
 
+    from actors.metrics import Counts
     from crsm.config import core_count
+    from jobs.ablation.place import add_ended
     from jobs.ablation.space import draw, grid
     from jobs.train import cluster, require_resources
 
@@ -119,17 +124,20 @@ def tune_stage(asked: TuningFile, folder: Path) -> list[Trial]:
     need = {"CPU": workers} | ({"GPU": workers} if settings.train.use_gpu else {})
     what = f"a trial of {tuning.stage} with train.workers = {settings.train.workers}"
     require_resources(need, what)
-    with cluster(), Progress(f"{tuning.name}: {tuning.stage}, {len(chosen)} trials", len(chosen)) as progress:
+    title = f"{tuning.name}: {tuning.stage}, {len(chosen)} trials"
+    with cluster(), Progress(title, len(chosen), begun=len(trials)) as progress:
         require_resources(need, what)
         there = ray.cluster_resources()
         if len(ray.nodes()) == 1:  # a small machine says that it has more CPUs than cores
             there["CPU"] = min(there["CPU"], float(core_count()))
         room = min(int(there.get(name, 0.0) // amount) for name, amount in need.items())
 
+        counts = Counts(tuning.name)
+
         def hear(trial: Trial) -> None:
-            with open(folder / TRIALS_FILE, "a", encoding="utf-8") as file:
-                file.write(jsonlib.dumps(trial) + "\n")
+            add_ended(folder, trial)
             trials.append(trial)
+            counts.add("crsm_trials", 1, finished=str(trial["finished"]).lower())
             progress.update(len(trials), **{tuning.metric: trial["value"]})
 
         progress.update(len(trials))
@@ -141,17 +149,16 @@ def _fit(
     tuning: TuningConfig,
     settings: Config,
     missing: list[tuple[int, Point]],
-    folder: Path,
+    folder: StoragePath,
     concurrent: int,
     hear: Callable[[Trial], None],
 ) -> None:
     import os
-    import tempfile
 
     from ray import tune
     from ray.tune.schedulers import AsyncHyperBandScheduler
 
-    from jobs.ablation.sweep import Listener, quiet_tune
+    from jobs.ablation.sweep import Listener, experiment, quiet_tune
 
     stage = getattr(settings, tuning.stage)
     quiet_tune()
@@ -170,39 +177,37 @@ def _fit(
         )
 
     told = [{"trial": index, "point": point} for index, point in missing]
-    with tempfile.TemporaryDirectory(prefix="crsm-tuning-", ignore_cleanup_errors=True) as scratch:
-        results = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(
-                    train_trial,
-                    tuning=tuning.model_dump(mode="json"),
-                    settings=settings.model_dump(mode="json"),
-                    folder=str(folder),
-                ),
-                # It only waits for the run's controller and workers, which reserve what they need. A trial must ask for
-                # something; a CPU could leave none for the workers of trials that all wait for theirs.
-                {"cpu": 0, HEAD_NODE: 0.001},
+    results = tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(
+                train_trial,
+                tuning=tuning.model_dump(mode="json"),
+                settings=settings.model_dump(mode="json"),
+                folder=str(folder),
             ),
-            param_space={"run": tune.grid_search(told)},
-            tune_config=tune.TuneConfig(
-                metric=tuning.metric,
-                mode=tuning.mode,
-                max_concurrent_trials=concurrent,
-                scheduler=AsyncHyperBandScheduler(
-                    time_attr="step",
-                    max_t=stage.steps,
-                    grace_period=min(stage.steps, tuning.grace * stage.checkpoint_every),
-                    reduction_factor=tuning.reduction,
-                ),
+            # It only waits for the run's controller and workers, which reserve what they need. A trial must ask for
+            # something; a CPU could leave none for the workers of trials that all wait for theirs.
+            {"cpu": 0, HEAD_NODE: 0.001},
+        ),
+        param_space={"run": tune.grid_search(told)},
+        tune_config=tune.TuneConfig(
+            metric=tuning.metric,
+            mode=tuning.mode,
+            max_concurrent_trials=concurrent,
+            scheduler=AsyncHyperBandScheduler(
+                time_attr="step",
+                max_t=stage.steps,
+                grace_period=min(stage.steps, tuning.grace * stage.checkpoint_every),
+                reduction_factor=tuning.reduction,
             ),
-            run_config=tune.RunConfig(
-                name="tuning",
-                storage_path=scratch,
-                verbose=0,
-                failure_config=tune.FailureConfig(fail_fast=True),  # Ray Train has tried again where that may help
-                callbacks=[Listener(ended)],
-            ),
-        ).fit()
+        ),
+        run_config=tune.RunConfig(
+            **experiment(folder),
+            verbose=0,
+            failure_config=tune.FailureConfig(fail_fast=True),  # Ray Train has tried again where that may help
+            callbacks=[Listener(ended)],
+        ),
+    ).fit()
     if results.errors:
         raise results.errors[0]
 
@@ -214,6 +219,7 @@ def train_trial(config: dict[str, Any], tuning: dict[str, Any], settings: dict[s
 
     from crsm.config import parse_config
     from jobs.ablation.tuning import apply_tuned
+    from jobs.storage import StoragePath
     from jobs.train import train_stage
 
     stage = tuning["stage"]
@@ -222,7 +228,7 @@ def train_trial(config: dict[str, Any], tuning: dict[str, Any], settings: dict[s
         stage,
         point,
         tuning["checkpoint"],
-        Path(folder) / "trials",
+        str(StoragePath.of(folder) / "trials"),
         f"{config['run']['trial']:04d}",
         callbacks=[TuneReportCallback()],
     )
@@ -234,15 +240,12 @@ def train_trial(config: dict[str, Any], tuning: dict[str, Any], settings: dict[s
     tune.report({**last, "step": outcome.report["steps"]})
 
 
-def read_trials(folder: Path) -> list[Trial]:
-    """Trials that ended; a line that was cut short is not one."""
+def read_trials(folder: StoragePath) -> list[Trial]:
+    """Trials that ended."""
+    from jobs.ablation.place import read_ended
+
     trials: dict[int, Trial] = {}
-    path = folder / TRIALS_FILE
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            trial = jsonlib.loads(line)
-        except ValueError:
-            continue
+    for trial in read_ended(folder):
         trials.setdefault(trial["trial"], trial)
     return list(trials.values())
 
@@ -253,7 +256,7 @@ def rank(trials: list[Trial], tuning: TuningConfig) -> list[Trial]:
     return sorted(trials, key=lambda trial: (not trial["finished"], -trial["steps"], sign * trial["value"]))
 
 
-def write_trials(ranked: list[Trial], folder: Path) -> list[dict[str, Any]]:
+def write_trials(ranked: list[Trial], folder: StoragePath) -> list[dict[str, Any]]:
     """The table, as Parquet and CSV."""
     from jobs.ablation.table import write_table
 

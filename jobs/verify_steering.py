@@ -46,7 +46,7 @@ def main(
     loaded = load_with_settings(checkpoint, config, overrides, seed)
     settings = loaded.config
     rates = parse_rates(rate) or [settings.deliberation.injection_rate]
-    names = task or [entry.name for entry in settings.tasks]
+    names = task or [entry.label for entry in settings.tasks]
     tasks = [pick_task(settings, name) for name in names]
     threads = limit_threads()
 

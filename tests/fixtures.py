@@ -16,6 +16,7 @@ from crsm.config import (
     DeliberationConfig,
     ModelConfig,
     PathStarConfig,
+    SamplingConfig,
     SearchConfig,
     WorldModelConfig,
     WriterConfig,
@@ -77,6 +78,36 @@ def tiny_checkpoint(config: Config | None = None, *, seed: int = 4, calibrated: 
     if calibrated:
         layers = model.config.model.backbone.n_layer
         model.gate.calibrate(torch.full((layers,), 0.1), torch.linspace(1.0, 2.0, layers), -10.0)
+    return Checkpoint(model.eval().requires_grad_(False), tokenizer, model_version=3, weights_hash="0123456789abcdef")
+
+
+@functools.cache
+def tiny_bpe() -> Tokenizer:
+    """A byte-level BPE of few entries."""
+    return Tokenizer.train_bpe(["Question: which of these is the sound of rain?\nAnswer: 12 drops, 3 of them"] * 9, 300)
+
+
+def text_checkpoint(tokenizer: Tokenizer | None = None, *, vocab_size: int = 0, seed: int = 4) -> Checkpoint:
+    """Like :func:`tiny_checkpoint`, but it writes open text, and may end it. ``vocab_size``: rows of the embedding, if
+    more than tokens."""
+    tokenizer = tokenizer or tiny_bpe()
+    config = tiny_config(sampling=SamplingConfig(max_tokens=12))
+    sizes = config.model.backbone.model_copy(update={"vocab_size": vocab_size})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"backbone": sizes})})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_model(config, tokenizer)
+        with torch.no_grad():
+            model.backbone.embedding.weight.normal_(std=0.7)
+            model.lm_head.weight.normal_(std=0.7)
+            for layer in layers_of(model.backbone):
+                layer.mixer.out_proj.weight *= 4.0
+                layer.mixer.in_proj.weight *= 2.0
+            for read_out in (model.writer.u, model.writer.b):
+                read_out.weight *= 8.0
+                read_out.bias.normal_()
+    layers = model.config.model.backbone.n_layer
+    model.gate.calibrate(torch.full((layers,), 0.1), torch.linspace(1.0, 2.0, layers), -10.0)
     return Checkpoint(model.eval().requires_grad_(False), tokenizer, model_version=3, weights_hash="0123456789abcdef")
 
 

@@ -19,8 +19,8 @@ from crsm.config import (
 )
 from crsm.types import Channel
 
-OTHER_KINDS = {"ablation", "tuning", "env_vars", "excludes", "working_dir"}
-"""Keys of files that are no settings of a run: sweeps, and the environment of submitted jobs."""
+OTHER_KINDS = {"ablation", "tuning", "evaluation", "env_vars", "excludes", "working_dir"}
+"""Keys of files that are no settings of a run: sweeps, evaluations, and the environment of submitted jobs."""
 CONFIGS = [
     path
     for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -99,7 +99,7 @@ def test_overrides_say_what_the_file_would_say(lag, rate, steps):
         ("search.polcy=puct", r"unknown key 'search.polcy'; allowed: .*policy, .*simulations"),
         ("stage_1.optimizer.lrr=1", r"unknown key 'stage_1.optimizer.lrr'; allowed: .*lr"),
         ("tasks.path.arms=5", r"no task 'path'; allowed: path_star, tree_path"),
-        ("tasks.path_star.legs=5", r"unknown key 'tasks.*legs'; allowed: arms, labels, length"),
+        ("tasks.path_star.legs=5", r"unknown key 'tasks.*legs'; allowed: arms, id, labels, length"),
         ("tasks.3=5", r"'tasks' has no keys"),
         ("seed.x=5", r"has no keys|unknown key 'seed.x'"),
         ("search.policy=[", r"the value is not YAML"),
@@ -127,7 +127,7 @@ def test_an_override_changes_plain_data_in_place():
         ("nome: x", r"unknown key 'nome'; allowed: deliberation, engine, model, name,"),
         ("search: {polcy: puct}", r"unknown key 'search.polcy'; allowed: .*num_actions, policy"),
         ("model: {backbone: {width: 3}}", r"unknown key 'model.backbone.width'; allowed: .*d_model"),
-        ("tasks: [{name: path_star, legs: 3}]", r"unknown key 'tasks.0.path_star.legs'; allowed: arms, labels"),
+        ("tasks: [{name: path_star, legs: 3}]", r"unknown key 'tasks.0.path_star.legs'; allowed: arms, id, labels"),
         ("deliberation: {lag: -1}", r"deliberation.lag = -1: .*greater than or equal to 0"),
         ("deliberation: {injection_rate: 1.5}", r"deliberation.injection_rate = 1.5: .*less than or equal to 1"),
         ("deliberation: {injection_rate: -0.1}", r"deliberation.injection_rate = -0.1: .*greater than or equal to 0"),

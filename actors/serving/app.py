@@ -187,7 +187,7 @@ def _add_information(app: FastAPI, front: Front, keys: Keys) -> None:
         return json_response(
             {
                 "model": front.served.name,
-                "tasks": [task.name for task in config.tasks],
+                "tasks": [task.label for task in config.tasks],
                 "layers": config.model.backbone.n_layer,
                 "clock": config.engine.clock,
                 "defaults": {

@@ -94,7 +94,9 @@ class Choice:
         for token in before:
             self._decoder.push(token)
         self._terminal = frozenset(tokenizer.terminal_ids)
-        self._verdicts = {tokenizer.verdict_id(True): "yes", tokenizer.verdict_id(False): "no"}
+        self._verdicts = (
+            {tokenizer.verdict_id(True): "yes", tokenizer.verdict_id(False): "no"} if tokenizer.has_verdicts else {}
+        )
         self._stop = StopStrings(stop) if stop else None
         self._by_token = details.logprobs or details.tokens
         self._plain = not (stop or self._by_token or log)

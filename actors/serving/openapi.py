@@ -51,7 +51,7 @@ def build_schema(app: FastAPI, front: Front, *, auth: bool) -> dict[str, Any]:
                 choice["maximum"] = getattr(front.settings, limit)
     for schema in ("CompletionRequest", "ChatRequest", "StateRequest"):
         bodies[schema]["properties"]["model"] = {"type": "string", "enum": [front.served.name]}
-    tasks = [task.name for task in front.served.config.tasks]
+    tasks = [task.label for task in front.served.config.tasks]
     document["paths"]["/v1/crsm/problems/{task}"]["get"]["parameters"][0]["schema"]["enum"] = tasks
     bodies["CheckRequest"]["properties"]["task"] = {"type": "string", "enum": tasks}
     components = document.setdefault("components", {})

@@ -47,7 +47,7 @@ class Problems:
 
     async def _find(self, name: str, index: int) -> tuple[Task, Problem]:
         config = self._front.served.config
-        settings = {each.name: each for each in config.tasks}
+        settings = {each.label: each for each in config.tasks}
         if name not in settings:
             raise ApiError(
                 404,

@@ -4,7 +4,8 @@ Both are ``tokenizer.json`` files of the ``tokenizers`` library and share these 
 is 1, and each verdict is one token. A closed vocabulary refuses words that it does not know instead of mapping them
 all to one; a BPE has every byte, so it writes any text, and never reads a special token out of a user's text.
 
-A byte-level BPE from elsewhere keeps its ids and its own end of text, and gets what it lacks after its last id.
+A byte-level BPE from elsewhere keeps its ids and its own end of text, and gets what it lacks after its last id. As it
+came with imported weights, without verdicts, it serves to ask and to measure a model, not to train one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import codecs
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +50,10 @@ _VERDICTS: dict[Kind, tuple[str, str]] = {
 }
 _KIND_OF_MODEL: dict[str, Kind] = {"WordLevel": "closed", "BPE": "bpe"}
 
+_FOREIGN_PADS = ("<|padding|>", "<|pad|>")
+_NO_TEXT = "\N{REPLACEMENT CHARACTER}".encode()
+"""What a token says that only pads a foreign model's embedding."""
+
 # GPT-2's pattern, but for digits: each is a piece of its own, so that numbers are written the same way everywhere.
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CORPUS_PROBLEMS = 10_000
@@ -78,16 +84,19 @@ class Tokenizer:
         if sorted(self._ids.values()) != list(range(len(self._ids))):
             raise ValueError(f"{source} has gaps between its token ids; allowed: 0 to n - 1, each once")
         specials = _SPECIALS[self.kind]
+        verdicts = _VERDICTS[self.kind]
         foreign = next((name for name in FOREIGN_EOS if name in self._ids), None) if self.kind == "bpe" else None
         self._eos = EOS if foreign is None or EOS in self._ids else foreign
-        for index, token in enumerate(() if self._eos != EOS else specials):
+        self.is_foreign = self._eos != EOS
+        self.has_verdicts = all(token in self._ids for token in verdicts)
+        self._pad = next((token for token in (PAD, *_FOREIGN_PADS) if token in self._ids), self._eos)
+        for index, token in enumerate(() if self.is_foreign else specials):
             if self._ids.get(token) != index:
                 raise ValueError(f"{source} has {token!r} at id {self._ids.get(token)}; allowed: id {index}")
-        for token in (PAD, *_VERDICTS[self.kind]):
+        for token in () if self.is_foreign else verdicts:
             if token not in self._ids:
                 raise ValueError(
-                    f"{source} lacks the {'verdict ' * (token != PAD)}token {token!r}; allowed: a vocabulary made by "
-                    "this project, or one adopted by it (tokenizer.kind = 'file')"
+                    f"{source} lacks the verdict token {token!r}; allowed: a vocabulary made by this project"
                 )
         self._words = {token: i for token, i in self._ids.items() if token not in specials}
         self._bytes: list[bytes] = []
@@ -196,7 +205,7 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        return self._ids[PAD]
+        return self._ids[self._pad]
 
     @property
     def eos_id(self) -> int:
@@ -216,11 +225,19 @@ class Tokenizer:
 
     @property
     def terminal_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the verdicts and the end of text, ascending."""
-        return tuple(sorted((self.eos_id, self.verdict_id(False), self.verdict_id(True))))
+        """Tokens that end an answer: the verdicts, if there are any, and the end of text, ascending."""
+        verdicts = (self.verdict_id(False), self.verdict_id(True)) if self.has_verdicts else ()
+        return tuple(sorted((self.eos_id, *verdicts)))
 
     def verdict_id(self, correct: bool) -> int:
-        """The token that claims an answer to be right, or wrong."""
+        """The token that claims an answer to be right, or wrong.
+
+        Raises:
+            ValueError: a foreign vocabulary has none.
+        """
+        if not self.has_verdicts:
+            lacking = " and ".join(map(repr, _VERDICTS[self.kind]))
+            raise ValueError(f"the tokenizer lacks the verdict tokens {lacking}; allowed: a vocabulary that has them")
         return self._ids[_VERDICTS[self.kind][bool(correct)]]
 
     def token(self, token_id: int) -> str:
@@ -253,6 +270,17 @@ class Tokenizer:
             raise ValueError(f"character {text[error.start]!a} is half of a surrogate pair; allowed: Unicode") from None
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
+    def encode_with_places(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of a text, and the character of the text at which each begins (with white space or not).
+
+        Raises:
+            ValueError: as :meth:`encode`.
+        """
+        ids = self.encode(text)
+        if self.kind == "closed":
+            return ids, [match.start() for match in re.finditer(r"\S+", text)]
+        return ids, [start for start, _ in self._backend.encode(text, add_special_tokens=False).offsets]
+
     def encode_each(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of many texts of an open vocabulary; they must be Unicode and may be empty."""
         return [list(entry.ids) for entry in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -271,6 +299,8 @@ class Tokenizer:
         return StreamDecoder(self)
 
     def _piece(self, token_id: int) -> str | bytes:
+        if self.is_foreign and token_id >= len(self._tokens):
+            return _NO_TEXT
         if not 0 <= token_id < len(self._tokens):
             raise ValueError(f"token id {token_id}; allowed: 0 to {len(self._tokens) - 1}")
         return self._bytes[token_id] if self.kind == "bpe" else self._tokens[token_id]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,52 @@ def run_system(
         seed: of a control's randomness.
         planners: who plans for System 2 (threads, actors), closed here; None: inline. The controls always plan inline.
     """
+    planners, deliberation = system_planners(
+        name,
+        checkpoint,
+        deliberation=deliberation,
+        search=search,
+        seed=seed,
+        solutions=lambda: solutions_of(checkpoint, problems),
+        planners=planners,
+    )
+    try:
+        return solve(
+            checkpoint,
+            task,
+            problems,
+            planners=planners,
+            deliberation=deliberation,
+            sampling=sampling,
+            simulations=search.simulations,
+            engine=EngineConfig(clock="virtual", max_batch=checkpoint.config.engine.max_batch),
+        )
+    finally:
+        if planners is not None:
+            planners.close()
+
+
+def system_planners(
+    name: str,
+    checkpoint: Checkpoint,
+    *,
+    deliberation: DeliberationConfig,
+    search: SearchConfig,
+    seed: int,
+    solutions: Callable[[], Mapping[str, tuple[int, Sequence[int]]]],
+    planners: Planners | None = None,
+) -> tuple[Planners | None, DeliberationConfig]:
+    """Who plans for a system or control, and how it is asked.
+
+    Args:
+        name: ``system1``, ``system2``, or one of ``CONTROLS``.
+        checkpoint: the model.
+        deliberation: lag, rate, channel.
+        search: settings of the planners' search.
+        seed: of a control's randomness.
+        solutions: for the oracle: by generation, where the answer begins, and its tokens.
+        planners: who plans for System 2; None: inline.
+    """
 
     def inline(**options: Any) -> InlinePlanners:
         deliberator = Deliberator.from_checkpoint(
@@ -164,23 +210,10 @@ def run_system(
     elif name == "untrained_planner":
         planners = inline(world_model=untrained_world_model(checkpoint, seed))
     elif name == "oracle":
-        planners = _oracle(checkpoint, problems, deliberation)
+        planners = OraclePlanners(checkpoint.model, solutions(), deliberation.plan_length)
     else:
         raise ValueError(f"control {name!r}; allowed: {', '.join(CONTROLS)}")
-    try:
-        return solve(
-            checkpoint,
-            task,
-            problems,
-            planners=planners,
-            deliberation=deliberation,
-            sampling=sampling,
-            simulations=search.simulations,
-            engine=EngineConfig(clock="virtual", max_batch=checkpoint.config.engine.max_batch),
-        )
-    finally:
-        if planners is not None:
-            planners.close()
+    return planners, deliberation
 
 
 def untrained_world_model(checkpoint: Checkpoint, seed: int) -> LatentDynamics:
@@ -190,13 +223,14 @@ def untrained_world_model(checkpoint: Checkpoint, seed: int) -> LatentDynamics:
         return LatentDynamics(checkpoint.config.model, checkpoint.model.backbone.embedding).eval()
 
 
-def _oracle(checkpoint: Checkpoint, problems: Sequence[Problem], settings: DeliberationConfig) -> OraclePlanners:
+def solutions_of(checkpoint: Checkpoint, problems: Sequence[Problem]) -> dict[str, tuple[int, Sequence[int]]]:
+    """What the oracle plans, by the names that :func:`crsm.evaluation.solving.solve` gives to generations."""
     tokenizer = checkpoint.tokenizer
-    solutions = {}
-    for index, problem in enumerate(problems):
-        answer = (*encode_answer(problem.solution, tokenizer), tokenizer.verdict_id(True))
-        solutions[f"problem-{index}"] = (len(tokenizer.encode(problem.prompt)), answer)
-    return OraclePlanners(checkpoint.model, solutions, settings.plan_length)
+    end = tokenizer.verdict_id(True) if tokenizer.has_verdicts else tokenizer.eos_id
+    return {
+        f"problem-{index}": (len(tokenizer.encode(problem.prompt)), (*encode_answer(problem.solution, tokenizer), end))
+        for index, problem in enumerate(problems)
+    }
 
 
 def _accuracy(run: Run) -> dict[str, Any]:

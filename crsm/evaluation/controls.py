@@ -79,9 +79,14 @@ def other_problem(plans: list[Plan]) -> list[Plan]:
         # The neighbour in the batch: a permutation, so that no plan is handed to all.
         neighbour = at_position[plan.position][names[names.index(plan.generation_id) - 1]]
         around = (neighbour, *(plans[index - back] for back in range(1, len(plans))))
-        other = next((other for other in around if other.generation_id != plan.generation_id), None)
+        other = next((other for other in around if _problem_of(other) != _problem_of(plan)), None)
         altered.append(_shut(plan) if other is None else _with_content_of(plan, other))
     return altered
+
+
+def _problem_of(plan: Plan) -> str:
+    """Generations of one problem are called ``problem/…``."""
+    return plan.generation_id.partition("/")[0]
 
 
 def time_shifted(shift: int) -> Alter:

@@ -8,7 +8,7 @@ at the most that the search may have spent.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,26 @@ from crsm.tasks.base import Problem, Task
 
 SAMPLES = (1, 2, 4, 8, 16)
 SIMULATIONS = (8, 16, 32, 64)
+METHODS = ("system_2", "best_of", "self_consistency", "beam_search")
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What the methods did to some problems; M problems. Parts of many problems can be joined."""
+
+    points: dict[tuple[str, int], tuple[list[bool], list[float]]]
+    """By method and budget: verdicts (M), and multiply-adds (M)."""
+    sample: list[float]
+    """Multiply-adds of one sample, the mean of a problem's (M)."""
+    prompt: list[int]
+    """Tokens of the prompts (M)."""
+
+    def __add__(self, other: Spent) -> Spent:
+        points = {
+            key: (right + other.points[key][0], spent + other.points[key][1])
+            for key, (right, spent) in self.points.items()
+        }
+        return Spent(points, self.sample + other.sample, self.prompt + other.prompt)
 
 
 def accuracy_against_compute(
@@ -39,7 +59,34 @@ def accuracy_against_compute(
     simulations: Sequence[int] = SIMULATIONS,
     on_progress: Callable[[str, float], None] = lambda name, accuracy: None,
 ) -> dict[str, Any]:
-    """Curves of all methods on the same problems.
+    """Curves of all methods on the same problems: :func:`spend`, then :func:`curves`."""
+    spent = spend(
+        checkpoint,
+        task,
+        problems,
+        lag=lag,
+        seed=seed,
+        samples=samples,
+        simulations=simulations,
+        on_progress=on_progress,
+    )
+    return curves(checkpoint, task.name, lag, spent)
+
+
+def spend(
+    checkpoint: Checkpoint,
+    task: Task,
+    problems: Sequence[Problem],
+    *,
+    lag: int,
+    seed: int,
+    first: int = 0,
+    max_tokens: int | None = None,
+    samples: Sequence[int] = SAMPLES,
+    simulations: Sequence[int] = SIMULATIONS,
+    on_progress: Callable[[str, float], None] = lambda name, accuracy: None,
+) -> Spent:
+    """Answers problems by every method at every budget.
 
     Args:
         checkpoint: the model.
@@ -47,64 +94,73 @@ def accuracy_against_compute(
         problems: what to solve.
         lag: of System 2, which may make one plan per answer.
         seed: of the samples; the samples of a small N are the first ones of a large N.
+        first: number of the first problem, if these are some of many.
+        max_tokens: of an answer; None: the checkpoint's.
         samples: values of N, also the widths of the beam.
         simulations: budgets of System 2.
         on_progress: told every point's accuracy.
+    """
+    price = costs(checkpoint.model)
+    tokenizer = checkpoint.tokenizer
+    prompts = [tuple(encode_prompt(problem, tokenizer)) for problem in problems]
+    limit = max_tokens or checkpoint.config.sampling.max_tokens
+    points: dict[tuple[str, int], tuple[list[bool], list[float]]] = {}
+
+    def right(answers: Sequence[Sample]) -> list[bool]:
+        return [
+            task.verify(problem, tokenizer.decode(answer.tokens))
+            for problem, answer in zip(problems, answers, strict=True)
+        ]
+
+    def add(method: str, budget: int, correct: list[bool], multiply_adds: list[float]) -> None:
+        points[method, budget] = (correct, multiply_adds)
+        on_progress(f"{method}_{budget}", float(np.mean(correct)))
+
+    drawn = sample_answers(checkpoint, prompts, count=max(samples), max_tokens=limit, seed=seed, first=first)
+    said = [[_said(price, len(sample.tokens)) for sample in row] for row in drawn]
+    for count in samples:
+        spent = [float(sum(row[:count])) for row in said]
+        judged = [total + count * price.critic for total in spent]
+        add("best_of", count, right([best_of(row[:count]) for row in drawn]), judged)
+        add("self_consistency", count, right([majority(row[:count], tokenizer.terminal_ids) for row in drawn]), spent)
+    for width in samples:
+        beams = beam_search(checkpoint, prompts, width=width, max_tokens=limit)
+        consumed = [float(consumed * price.token) for _, consumed in beams]
+        add("beam_search", width, right([answer for answer, _ in beams]), consumed)
+    for budget in simulations:
+        add("system_2", budget, *_system_2(checkpoint, task, problems, price, lag, budget, limit))
+    return Spent(points, [float(np.mean(row)) for row in said], [len(prompt) for prompt in prompts])
+
+
+def curves(checkpoint: Checkpoint, task: str, lag: int, spent: Spent) -> dict[str, Any]:
+    """Figures of what was spent.
 
     Returns:
         ``methods``: per method, points with ``budget``, ``accuracy``, ``interval``, ``multiply_adds`` per answer, and
         ``samples``, the same in units of one sample; ``costs``; ``sample``, the multiply-adds of one sample.
     """
     price = costs(checkpoint.model)
-    tokenizer = checkpoint.tokenizer
-    prompts = [tuple(encode_prompt(problem, tokenizer)) for problem in problems]
-    limit = checkpoint.config.sampling.max_tokens
-
-    def right(answers: Sequence[Sample]) -> np.ndarray:
-        return np.array(
-            [
-                task.verify(problem, tokenizer.decode(answer.tokens))
-                for problem, answer in zip(problems, answers, strict=True)
-            ]
+    one = float(np.mean(spent.sample))
+    methods: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
+    for (method, budget), (correct, multiply_adds) in spent.points.items():
+        mean = float(np.mean(multiply_adds))
+        methods[method].append(
+            {
+                "budget": budget,
+                "accuracy": float(np.mean(correct)),
+                "interval": wilson_interval(sum(correct), len(correct)),
+                "multiply_adds": mean,
+                "samples": mean / one,
+            }
         )
-
-    drawn = sample_answers(checkpoint, prompts, count=max(samples), max_tokens=limit, seed=seed)
-    one = float(np.mean([_said(price, len(sample.tokens)) for row in drawn for sample in row]))
-    points: dict[str, list[dict[str, Any]]] = {}
-
-    def add(method: str, budget: int, right_M: np.ndarray, multiply_adds: float) -> None:
-        accuracy = float(right_M.mean())
-        point = {
-            "budget": budget,
-            "accuracy": accuracy,
-            "interval": wilson_interval(int(right_M.sum()), len(right_M)),
-            "multiply_adds": multiply_adds,
-            "samples": multiply_adds / one,
-        }
-        points.setdefault(method, []).append(point)
-        on_progress(f"{method}_{budget}", accuracy)
-
-    for count in samples:
-        spent = float(np.mean([sum(_said(price, len(sample.tokens)) for sample in row[:count]) for row in drawn]))
-        add("best_of", count, right([best_of(row[:count]) for row in drawn]), spent + count * price.critic)
-        chosen = [majority(row[:count], tokenizer.terminal_ids) for row in drawn]
-        add("self_consistency", count, right(chosen), spent)
-    for width in samples:
-        beams = beam_search(checkpoint, prompts, width=width, max_tokens=limit)
-        consumed = float(np.mean([consumed for _, consumed in beams]))
-        add("beam_search", width, right([answer for answer, _ in beams]), consumed * price.token)
-    for budget in simulations:
-        right_M, spent = _system_2(checkpoint, task, problems, price, lag, budget)
-        add("system_2", budget, right_M, spent)
-    order = ("system_2", "best_of", "self_consistency", "beam_search")
     return {
-        "task": task.name,
-        "problems": len(problems),
+        "task": task,
+        "problems": len(spent.sample),
         "lag": lag,
         "sample": one,
-        "prompt": float(np.mean([len(prompt) for prompt in prompts])) * price.backbone,
+        "prompt": float(np.mean(spent.prompt)) * price.backbone,
         "costs": asdict(price) | {"token": price.token, "simulation": price.simulation},
-        "methods": {method: points[method] for method in order},
+        "methods": methods,
     }
 
 
@@ -114,8 +170,14 @@ def _said(price: Costs, tokens: int) -> int:
 
 
 def _system_2(
-    checkpoint: Checkpoint, task: Task, problems: Sequence[Problem], price: Costs, lag: int, simulations: int
-) -> tuple[np.ndarray, float]:
+    checkpoint: Checkpoint,
+    task: Task,
+    problems: Sequence[Problem],
+    price: Costs,
+    lag: int,
+    simulations: int,
+    max_tokens: int,
+) -> tuple[list[bool], list[float]]:
     config = checkpoint.config
     search = config.search.model_copy(update={"simulations": simulations})
     deliberator = Deliberator.from_checkpoint(checkpoint, search=search)
@@ -125,11 +187,13 @@ def _system_2(
         problems,
         planners=InlinePlanners(deliberator, config.planners.max_batch),
         deliberation=config.deliberation.model_copy(update={"lag": lag, "max_plans": 1}),
-        sampling=config.sampling.model_copy(update={"temperature": 0.0}),
+        sampling=config.sampling.model_copy(update={"temperature": 0.0, "max_tokens": max_tokens}),
         simulations=simulations,
         engine=EngineConfig(clock="virtual", max_batch=config.engine.max_batch),
     )
+    # A plan each, but for answers that had no time for one.
     plans = run.metrics.requests / len(problems)
-    said = float(np.mean([_said(price, len(answer.tokens)) for answer in run.answers]))
-    plan = price.plan(simulations, lag, config.deliberation.plan_length)
-    return run.correct_M, said + plans * plan
+    plan = plans * price.plan(simulations, lag, config.deliberation.plan_length)
+    return [answer.correct for answer in run.answers], [
+        _said(price, len(answer.tokens)) + plan for answer in run.answers
+    ]

@@ -55,7 +55,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "fidelity": _fidelity(checkpoint.report),
         "facts": {
             "vocabulary": f"{checkpoint.tokenizer.vocab_size} ({checkpoint.tokenizer.kind})",
-            "tasks": ", ".join(task.name for task in config.tasks),
+            "tasks": ", ".join(task.label for task in config.tasks),
             "kernels": _kernels(checkpoint),
             "native core": native.describe(),
             "weights": checkpoint.weights_hash,

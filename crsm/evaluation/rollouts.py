@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from crsm.data.sequences import Sequence as TokenSequence
 from crsm.evaluation.solving import Answer, solve
+from crsm.metrics import PlanMetrics
 from crsm.model import Checkpoint
 from crsm.planners import InlinePlanners
 from crsm.reasoning import Deliberator
@@ -50,6 +51,7 @@ def roll_out(
     system: Literal[1, 2],
     temperature: float,
     seed: int,
+    hear: Callable[[PlanMetrics], None] = lambda metrics: None,
 ) -> list[Rollout]:
     """Answers problems with one of the systems.
 
@@ -63,6 +65,7 @@ def roll_out(
         system: 1 or 2.
         temperature: of the sampling.
         seed: of the sampling.
+        hear: told what became of the plans.
     """
     planners = None
     deliberation = checkpoint.config.deliberation
@@ -79,4 +82,5 @@ def roll_out(
         sampling=checkpoint.config.sampling.model_copy(update={"temperature": temperature, "seed": seed}),
         engine=checkpoint.config.engine.model_copy(update={"clock": "virtual"}),
     )
+    hear(run.metrics)
     return [Rollout.from_answer(answer, system) for answer in run.answers]

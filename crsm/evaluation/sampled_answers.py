@@ -35,7 +35,14 @@ class Sample:
 
 @torch.inference_mode()
 def sample_answers(
-    checkpoint: Checkpoint, prompts: Sequence[Prompt], *, count: int, max_tokens: int, seed: int, rows: int = 1024
+    checkpoint: Checkpoint,
+    prompts: Sequence[Prompt],
+    *,
+    count: int,
+    max_tokens: int,
+    seed: int,
+    rows: int = 1024,
+    first: int = 0,
 ) -> list[list[Sample]]:
     """``count`` independent answers to every prompt, at temperature 1.
 
@@ -46,11 +53,16 @@ def sample_answers(
         max_tokens: length at which an answer is cut.
         seed: of the sampling.
         rows: sequences decoded together.
+        first: number of the first prompt, if these are some of many: a prompt's samples depend on its number.
     """
     found: dict[int, list[Sample]] = {}
     for indices in _batches(prompts, max(1, rows // count)):
         uniform_BT = np.concatenate(
-            [np.random.default_rng([seed, index, n]).random((1, max_tokens)) for index in indices for n in range(count)]
+            [
+                np.random.default_rng([seed, first + index, n]).random((1, max_tokens))
+                for index in indices
+                for n in range(count)
+            ]
         )
         logits_BV, hidden_BLD, state = checkpoint.model.prefill(torch.tensor([prompts[index] for index in indices]))
         repeat = torch.arange(len(indices)).repeat_interleave(count)

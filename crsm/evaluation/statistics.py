@@ -7,6 +7,7 @@ argument, for an empty or differently long one, for NaN, and for values outside 
 
 from __future__ import annotations
 
+from math import comb
 from statistics import NormalDist
 
 import numpy as np
@@ -78,6 +79,38 @@ def bootstrap_difference(
     """Percentile bootstrap interval of ``mean(a) − mean(b)`` for values paired by problem: problems are resampled."""
     a_M, b_M = _same_length(("values_a", _numbers("values_a", values_a)), ("values_b", _numbers("values_b", values_b)))
     return bootstrap_interval(a_M - b_M, confidence, samples, seed)
+
+
+def bootstrap_ratio(
+    tops: ArrayLike, bottoms: ArrayLike, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of ``Σ tops / Σ bottoms``, a sample's two values drawn together: bits per byte, or
+    with the differences of two systems in ``tops`` the difference of theirs."""
+    tops_M, bottoms_M = _same_length(("tops", _numbers("tops", tops)), ("bottoms", _numbers("bottoms", bottoms)))
+    if bottoms_M.min() <= 0:
+        raise ValueError(f"bottoms holds {bottoms_M.min():g}; allowed: above 0")
+    if samples < 1:
+        raise ValueError(f"samples = {samples}; allowed: at least 1")
+    tail = (1 - _confidence(confidence)) / 2
+    rng = np.random.default_rng(seed)
+    ratios = np.empty(samples)
+    rows = max(1, _CHUNK // len(tops_M))
+    for start in range(0, samples, rows):
+        count = min(rows, samples - start)
+        drawn = rng.integers(0, len(tops_M), (count, len(tops_M)))
+        ratios[start : start + count] = tops_M[drawn].sum(axis=1) / bottoms_M[drawn].sum(axis=1)
+    low, high = np.quantile(ratios, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Probability that one of ``k`` answers at least is right, where ``correct`` of ``samples`` were: the unbiased
+    estimate ``1 − C(n − c, k) / C(n, k)`` of arXiv 2107.03374."""
+    if not 1 <= k <= samples or not 0 <= correct <= samples:
+        raise ValueError(
+            f"k = {k}, correct = {correct} of samples = {samples}; allowed: 1 ≤ k ≤ samples, 0 ≤ correct ≤ samples"
+        )
+    return 1.0 - comb(samples - correct, k) / comb(samples, k)
 
 
 def expected_calibration_error(probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10) -> float:

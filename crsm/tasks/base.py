@@ -131,18 +131,19 @@ def split_of(key: str) -> Split:
     return next(split for split, buckets in _BUCKETS.items() if bucket in buckets)
 
 
-def draw_in_split(draw: Callable[[int], T], key_of: Callable[[T], str], split: Split, name: str) -> T:
-    """The first of ``draw(0), draw(1), …`` whose key belongs to ``split``.
+def draw_in_split(draw: Callable[[int], T], key_of: Callable[[T], str | None], split: Split, name: str) -> T:
+    """The first of ``draw(0), draw(1), …`` whose key belongs to ``split``; a key of None: a draw that is no problem.
 
     Raises:
         ValueError: none does within a number of draws that no split of reasonable size can escape.
     """
     for trial in range(_MAX_REJECTIONS):
         drawn = draw(trial)
-        if split_of(key_of(drawn)) == split:
+        key = key_of(drawn)
+        if key is not None and split_of(key) == split:
             return drawn
     raise ValueError(
-        f"task {name!r} has no {split} problems with these settings; allowed: more labels or a larger graph"
+        f"task {name!r} has no {split} problems with these settings; allowed: more labels or a larger problem"
     )
 
 

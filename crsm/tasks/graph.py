@@ -11,25 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from crsm.tasks.base import (
-    VERDICT_RIGHT,
-    VERDICT_WRONG,
-    Attempt,
-    Problem,
-    Split,
-    cut_special,
-    draw_in_split,
-    keyed_bits,
-)
-
-PREAMBLE = (
-    *("the", "path", "from", "start", "to", "goal", "is", "as", "follows", "in", "order"),
-    *("along", "given", "edges", "above", ":"),
-)
-"""Said before the path, as many words as the settings ask for. No word twice: each is known from the one before."""
+from crsm.tasks.base import VERDICT_RIGHT, VERDICT_WRONG, Attempt, Problem, Split, draw_in_split, keyed_bits
+from crsm.tasks.closed import PATH_PREAMBLE, ClosedTask
 
 
-class GraphTask:
+class GraphTask(ClosedTask):
     """Problems on one directed shape.
 
     Args:
@@ -42,9 +28,6 @@ class GraphTask:
         decisions: indices into a route at which the next node is a choice.
     """
 
-    max_tokens: int | None = None
-    has_attempts: bool = True
-
     def __init__(
         self,
         name: str,
@@ -55,12 +38,7 @@ class GraphTask:
         routes_RS: np.ndarray,
         decisions: range,
     ) -> None:
-        if preamble > len(PREAMBLE):
-            raise ValueError(f"{name}.preamble = {preamble}; allowed: 0 to {len(PREAMBLE)} words")
-        self.name = name
-        self.weight = weight
-        self.preamble = " ".join(PREAMBLE[:preamble])
-        self._preamble = list(PREAMBLE[:preamble])
+        super().__init__(name, weight, preamble, PATH_PREAMBLE)
         self._labels = [str(label) for label in range(labels)]
         self._edges_E2 = edges_E2
         self._routes_RS = routes_RS
@@ -69,11 +47,7 @@ class GraphTask:
 
     def words(self) -> list[str]:
         """Structure, verdicts, every preamble word (whatever the setting, so that it can change later), labels."""
-        return ["|", "/", "=", VERDICT_RIGHT, VERDICT_WRONG, *PREAMBLE, *self._labels]
-
-    def size(self, split: Split) -> int | None:
-        """No known end."""
-        return None
+        return ["|", "/", "=", VERDICT_RIGHT, VERDICT_WRONG, *PATH_PREAMBLE, *self._labels]
 
     def generate(self, seed: int, split: Split, index: int) -> Problem:
         """The problem at ``index`` of the stream of ``seed`` and ``split``."""
@@ -92,35 +66,28 @@ class GraphTask:
         route = routes[goal]
         prompt = f"{''.join([f'{u} {v} | ' for u, v in edges])}/ {route[0]} {route[-1]} ="
         data = {"edges": edges, "start": route[0], "goal": route[-1], "path": route, "routes": routes}
-        return Problem(self.name, split, prompt, self._answer(route), key, data)
+        return Problem(self.name, split, prompt, self._route_answer(route), key, data)
 
     def attempts(self, problem: Problem, rng: np.random.Generator, count: int) -> list[Attempt]:
         """Routes to goals drawn uniformly, the right one included."""
         routes: list[list[int]] = problem.data["routes"]
         goal = problem.data["goal"]
         return [
-            Attempt(self._answer(routes[choice]), routes[choice][-1] == goal)
+            Attempt(self._route_answer(routes[choice]), routes[choice][-1] == goal)
             for choice in rng.integers(len(routes), size=count).tolist()
         ]
 
     def verify(self, problem: Problem, answer: str) -> bool:
         """Whether the answer is the path, with the preamble or without; what follows a verdict does not count."""
-        words = cut_special(answer).split()
-        for end, word in enumerate(words):
-            if word in (VERDICT_RIGHT, VERDICT_WRONG):
-                words = words[:end]
-                break
-        if words[: len(self._preamble)] == self._preamble:
-            words = words[len(self._preamble) :]
         # The path in a star or a tree is unique, so comparing is verifying.
-        return words == [str(node) for node in problem.data["path"]]
+        return self._words_of(answer) == [str(node) for node in problem.data["path"]]
 
     def decision_positions(self, problem: Problem) -> list[int]:
         """Indices among the solution's words at which the graph branches."""
         return [len(self._preamble) + step for step in self._decisions]
 
-    def _answer(self, route: list[int]) -> str:
-        return " ".join([*self._preamble, *map(str, route)])
+    def _route_answer(self, route: list[int]) -> str:
+        return self._answer([str(node) for node in route])
 
     def _key(self, label_of_node: np.ndarray, goal: int) -> str:
         # No task name: a tree of depth 1 is a star of 2 arms, and must not be in training under one of the names only.

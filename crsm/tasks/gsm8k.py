@@ -5,16 +5,14 @@
     …
     #### 72
 
-Only the training file is ever read; train, valid and test are cut out of it by the hash of the question, so that the
-official test set stays untouched. Attempts come from a model, recorded with their verdict; none are invented.
+For training only the training file is read; train, valid and test are cut out of it by the hash of the question, so
+that the official test set stays untouched. Attempts come from a model, recorded with their verdict; none are invented.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +22,8 @@ import numpy as np
 
 from crsm.config import Gsm8kConfig
 from crsm.tasks.base import Attempt, Problem, Split, cut_special, keyed_rng, split_of
+from crsm.tasks.calculator import marks_are_true
+from crsm.tasks.jsonl import field, load_hub, read_jsonl
 
 SAMPLE_PATH = Path(__file__).parent.parent / "assets" / "gsm8k_sample.jsonl"
 """200 problems, one in every 37 of the training file; see the licence notice beside it."""
@@ -50,8 +50,10 @@ class Gsm8k:
         self.max_tokens: int | None = config.max_tokens
         self._problems: dict[Split, list[Problem]] = {split: [] for split in get_args(Split)}
         seen: set[str] = set()
-        for where, record in _records(config.path):
+        for where, record in _records(config):
             problem = _problem(record, where)
+            if config.true_marks and not marks_are_true(problem.solution):
+                continue
             if problem.key not in seen:
                 seen.add(problem.key)
                 self._problems[problem.split].append(problem)
@@ -94,9 +96,9 @@ class Gsm8k:
 
     def _read_attempts(self, path: str) -> None:
         by_key = {problem.key: problem for known in self._problems.values() for problem in known}
-        for where, record in _read_jsonl(path):
-            question, text = _field(record, "question", str, where), _field(record, "attempt", str, where)
-            correct = _field(record, "correct", bool, where)
+        for where, record in read_jsonl(path):
+            question, text = field(record, "question", str, where), field(record, "attempt", str, where)
+            correct = field(record, "correct", bool, where)
             problem = by_key.get(_key(question))
             if problem is None:
                 continue  # Attempts at a larger data set serve a part of it.
@@ -129,7 +131,7 @@ def final_number(answer: str) -> Decimal | None:
 
 
 def _problem(record: dict[str, Any], where: str) -> Problem:
-    question, answer = _field(record, "question", str, where).strip(), _field(record, "answer", str, where).strip()
+    question, answer = field(record, "question", str, where).strip(), field(record, "answer", str, where).strip()
     if not question:
         raise ValueError(f"{where}: the question is empty; allowed: text")
     number = final_number(answer)
@@ -149,49 +151,10 @@ def _name(path: str | None) -> str:
     return "openai/gsm8k" if path is None else repr(str(SAMPLE_PATH) if path == "sample" else path)
 
 
-def _records(path: str | None) -> Iterable[tuple[str, dict[str, Any]]]:
+def _records(config: Gsm8kConfig) -> Iterable[tuple[str, dict[str, Any]]]:
     """Each record with a name for error messages."""
-    if path is None:
-        return ((f"openai/gsm8k record {i}", record) for i, record in enumerate(_load_hub()))
-    return _read_jsonl(SAMPLE_PATH if path == "sample" else path)
-
-
-def _load_hub() -> Iterable[dict[str, Any]]:
-    allowed = "allowed: tasks.gsm8k.path = a local jsonl, or 'sample'"
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise ValueError(
-            "tasks.gsm8k.path = None loads openai/gsm8k from the hub, which needs the extra `hub` "
-            f"(pip install 'crsm[hub]'); {allowed}"
-        ) from error
-    try:
-        records: Iterable[dict[str, Any]] = datasets.load_dataset("openai/gsm8k", "main", split="train")
-    except Exception as error:  # Each of the client's own dependencies raises its own errors.
-        raise ValueError(f"openai/gsm8k cannot be loaded from the hub: {error}; {allowed}") from error
-    return records
-
-
-def _read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a jsonl file, blank lines passed over."""
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        where = f"{str(path)!r} line {number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{where} holds a {type(record).__name__}; allowed: an object")
-        yield where, record
-
-
-def _field(record: dict[str, Any], name: str, kind: type, where: str) -> Any:
-    if not isinstance(record.get(name), kind):
-        raise ValueError(f"{where}: {name} = {str(record.get(name))[:40]!r}; allowed: a {kind.__name__}")
-    return record[name]
+    if config.path is None:
+        allowed = "tasks.gsm8k.path = a local jsonl, or 'sample'"
+        loaded = load_hub("openai/gsm8k", "main", config.hub_split, "tasks.gsm8k.path", allowed)
+        return ((f"openai/gsm8k {config.hub_split} record {i}", record) for i, record in enumerate(loaded))
+    return read_jsonl(SAMPLE_PATH if config.path == "sample" else config.path)

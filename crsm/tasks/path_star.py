@@ -18,4 +18,4 @@ def path_star(config: PathStarConfig) -> GraphTask:
     arms_AS = 1 + np.arange(config.arms * steps).reshape(config.arms, steps)
     routes_RS = np.concatenate([np.zeros((config.arms, 1), dtype=np.int64), arms_AS], axis=1)
     edges_E2 = np.stack([routes_RS[:, :-1].ravel(), routes_RS[:, 1:].ravel()], axis=1)
-    return GraphTask("path_star", config.weight, config.labels, config.preamble, edges_E2, routes_RS, range(1, 2))
+    return GraphTask(config.label, config.weight, config.labels, config.preamble, edges_E2, routes_RS, range(1, 2))

@@ -19,4 +19,4 @@ def tree_path(config: TreePathConfig) -> GraphTask:
         steps.append(route)
     routes_RS = np.stack(steps[::-1], axis=1)
     decisions = range(1, config.depth + 1)
-    return GraphTask("tree_path", config.weight, config.labels, config.preamble, edges_E2, routes_RS, decisions)
+    return GraphTask(config.label, config.weight, config.labels, config.preamble, edges_E2, routes_RS, decisions)

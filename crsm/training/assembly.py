@@ -92,9 +92,9 @@ class AssemblyStage(Stage):
 
     def _draw(self, texts: Texts, rng: np.random.Generator) -> Drawn:
         sequences = len(texts.answer_BT)
-        # At least one token must be left for the plan in the shortest row.
-        last = max(1, int(texts.length_B.min()) - 1)
-        target = int(rng.integers(0, last))
+        # Somewhere in a row that is drawn: rows that have ended by then take no part, and this one does.
+        some = int(texts.length_B[int(rng.integers(sequences))])
+        target = int(rng.integers(0, max(1, some - 1)))
         left_B = np.maximum(1, texts.length_B.cpu().numpy() - 1 - target)
         length_B = np.minimum(rng.integers(1, self.plan_length + 1, size=sequences), left_B)
         earlier = rng.random(sequences) < self.settings.earlier_write if target > 0 else np.zeros(sequences, bool)

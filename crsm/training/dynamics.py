@@ -125,7 +125,7 @@ class UnrolledStep(NamedTuple):
     consensus_M: Tensor
     """Consensus of the imagined values."""
     judged_M: Tensor
-    """Rows that stand on the answer: value heads are trained there, not on prompts and verdicts."""
+    """Rows that do not stand on the verdict: value heads are not trained there."""
     last_M: Tensor
     """Rows that stand on the last token before the verdict."""
     index_M: Tensor
@@ -177,7 +177,7 @@ def unroll(model: CRSM, world_model: WorldModel, trace: Trace, texts: Texts, ste
             value_error_M=(imagined_ML - value_ML).abs().mean(dim=-1),
             cosine_M=1 - F.cosine_similarity(imagined_MLD, hidden_MLD, dim=-1).mean(dim=-1),
             consensus_M=model.critic.consensus(imagined_ML),
-            judged_M=(position_M > texts.start_B[index_M]) & (position_M < texts.length_B[index_M]),
+            judged_M=position_M < texts.length_B[index_M],
             last_M=position_M == texts.length_B[index_M] - 1,
             index_M=index_M,
         )

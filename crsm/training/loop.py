@@ -4,7 +4,8 @@ What a step does depends on the step's number and on the tensors it finds, and o
 of the step, and torch's generator is seeded anew in every step (per worker). So a :class:`LoopState` of tensors and a
 step is all that an exact resume needs, whatever was killed when.
 
-Every worker takes part in every step and in every checkpoint; only the worker of rank 0 evaluates and finishes.
+Every worker takes part in every step and in every checkpoint; only the worker of rank 0 evaluates and finishes. A state
+is the same whatever the number of workers that saved it, and any number of them goes on from it.
 """
 
 from __future__ import annotations
@@ -203,6 +204,7 @@ def run_stage(
     on_log: Callable[[Point], None] | None = None,
     on_evaluate: Callable[[Point], None] | None = None,
     on_checkpoint: Callable[[LoopState], None] | None = None,
+    save_now: Callable[[], bool] | None = None,
 ) -> StageResult:
     """Trains a stage to its last step; afterwards its model holds the weights to keep (the averaged ones, with EMA).
 
@@ -216,13 +218,15 @@ def run_stage(
         on_log: called with each point of the curve, on every worker.
         on_evaluate: called with the figures of an evaluation, on rank 0.
         on_checkpoint: called with the state when it is time to save, and after the last step, on every worker.
+        save_now: asked in every step, on every worker: whether the state has to be saved after it. What one worker says
+            holds for all.
 
     Raises:
         FloatingPointError: a loss or the gradient is not finite, on any worker; raised on all of them, before anything
             is updated.
         ValueError: ``resume`` does not fit the stage.
     """
-    return _Loop(stage, rank, world, module or stage, dict(fingerprint or {}), resume).run(
+    return _Loop(stage, rank, world, module or stage, dict(fingerprint or {}), resume, save_now).run(
         on_log or _ignore, on_evaluate or _ignore, on_checkpoint or _ignore
     )
 
@@ -241,6 +245,7 @@ class _Loop:
         module: nn.Module,
         fingerprint: dict[str, Any],
         resume: LoopState | None,
+        save_now: Callable[[], bool] | None,
     ) -> None:
         self.stage, self.rank, self.world, self.module, self.fingerprint = stage, rank, world, module, fingerprint
         stage.world = world
@@ -254,6 +259,9 @@ class _Loop:
         self.tokens = 0
         self.curve: list[Point] = []
         self.window: dict[str, list[float]] = {}
+        self._save_now = save_now or (lambda: False)
+        self._asked_to_save = False
+        """Agreed in the last step."""
         if resume is not None:
             self._restore(resume)
 
@@ -282,7 +290,7 @@ class _Loop:
                 on_evaluate(self._evaluate())
             now = time.perf_counter()
             self.seconds, mark = self.seconds + now - mark, now
-            if last or self.step % settings.checkpoint_every == 0:
+            if last or self._asked_to_save or self.step % settings.checkpoint_every == 0:
                 on_checkpoint(self._state())
         finish = {}
         if self.average is not None:
@@ -319,7 +327,7 @@ class _Loop:
                 figures.setdefault(name, []).append(value)
         lr = learning_rate(self.step, self.settings.steps, config)
         norm = scalar(clip_gradients([p for p in self.trained if p.grad is not None], config.clip))
-        total = self._check_finite(total, norm, figures)
+        total = self._agree(total, norm, figures)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -336,20 +344,23 @@ class _Loop:
             return contextlib.nullcontext()
         return self.module.no_sync()
 
-    def _check_finite(self, loss: float, norm: float, figures: Mapping[str, list[float]]) -> float:
-        """The loss, averaged over workers; raises on all of them if anything is not finite on one."""
-        fine = math.isfinite(loss) and math.isfinite(norm)
+    def _agree(self, loss: float, norm: float, figures: Mapping[str, list[float]]) -> float:
+        """The loss, averaged over workers; raises on all of them if anything is not finite on one. What else has to be
+        the same on all of them is agreed on the way."""
+        fine, save = math.isfinite(loss) and math.isfinite(norm), self._save_now()
         everywhere, mean = fine, loss
         if self.world > 1:
-            agreed = torch.tensor([float(not fine), loss if fine else 0.0], dtype=torch.float64, device=self.device)
+            own = [float(not fine), loss if fine else 0.0, float(save)]
+            agreed = torch.tensor(own, dtype=torch.float64, device=self.device)
             dist.all_reduce(agreed)
-            everywhere, mean = agreed[0].item() == 0, agreed[1].item() / self.world
+            everywhere, mean, save = agreed[0].item() == 0, agreed[1].item() / self.world, agreed[2].item() > 0
+        self._asked_to_save = save
         if everywhere:
             return mean
-        own = [(name, value) for name, values in figures.items() for value in values if not math.isfinite(value)]
-        own.sort(key=lambda term: term[0] == "loss")  # the sum of the others: named only if it is the only one
-        if own:
-            what = f"{own[0][0]} = {own[0][1]}"
+        terms = [(name, value) for name, values in figures.items() for value in values if not math.isfinite(value)]
+        terms.sort(key=lambda term: term[0] == "loss")  # the sum of the others: named only if it is the only one
+        if terms:
+            what = f"{terms[0][0]} = {terms[0][1]}"
         elif not math.isfinite(loss):
             what = f"loss = {loss}"
         elif not math.isfinite(norm):

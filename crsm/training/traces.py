@@ -25,13 +25,13 @@ class Texts:
     """Prompts and what follows them, ready to be run in one batch."""
 
     prompt_BT: Tensor
-    """One row per problem, all of one length."""
+    """One row per problem, padded on the left, so that all end together."""
+    padding_B: Tensor
+    """Tokens of padding in each row of ``prompt_BT``."""
     answer_BT: Tensor
     """What follows, one row per attempt, the attempts at a problem neighbouring; padded on the right."""
     length_B: Tensor
     """Tokens of each row of ``answer_BT``, the verdict (its last) included."""
-    start_B: Tensor
-    """Where in its row the answer proper begins."""
     attempts: int
     outcome_B: np.ndarray
     problem_B: np.ndarray
@@ -41,43 +41,39 @@ class Texts:
 
     @classmethod
     def from_group(cls, group: AttemptGroup, world: int = 1, device: torch.device | str = "cpu") -> Texts:
-        """Prompts of one length are run once for all attempts. Others are cut where the shortest ends, and what is left
-        of a prompt counts as the beginning of its answer's row.
-
+        """
         Args:
             group: the texts.
             world: number of workers that share the step.
             device: where the tensors shall be.
         """
         problems, attempts, _ = group.answers_BAt.shape
-        share = world * problems / group.step_problems
-        outcome_B = group.outcome_BA.reshape(-1).astype(bool)
-        problem_B = np.repeat(np.arange(problems), attempts)
-        length_B = torch.from_numpy(group.answer_lengths_BA.reshape(-1))
-        flat_BT = torch.from_numpy(group.answers_BAt.reshape(problems * attempts, -1))
-        start_B = torch.zeros_like(length_B)
-        prompts_BT = torch.from_numpy(group.prompts_BT)
-        answer_BT = flat_BT
-        if not group.equal_prompts:
-            common = int(group.prompt_lengths_B.min())
-            start_B = torch.from_numpy(np.repeat(group.prompt_lengths_B - common, attempts))
-            length_B = length_B + start_B
-            answer_BT = torch.zeros(problems * attempts, int(length_B.max()), dtype=torch.long)
-            for row, problem in enumerate(problem_B):
-                start, end = int(start_B[row]), int(length_B[row])
-                answer_BT[row, :start] = prompts_BT[problem, common : common + start]
-                answer_BT[row, start:end] = flat_BT[row, : end - start]
-            prompts_BT = prompts_BT[:, :common]
+        longest = int(group.prompt_lengths_B.max())
+        padding_B = longest - group.prompt_lengths_B
+        prompt_BT = np.zeros((problems, longest), np.int64)
+        for row, (prompt, padding) in enumerate(zip(group.prompts, padding_B, strict=True)):
+            prompt_BT[row, padding:] = prompt
         return cls(
-            prompt_BT=prompts_BT.to(device),
-            answer_BT=answer_BT.to(device),
-            length_B=length_B.to(device),
-            start_B=start_B.to(device),
+            prompt_BT=torch.from_numpy(prompt_BT).to(device),
+            padding_B=torch.from_numpy(padding_B).to(device),
+            answer_BT=torch.from_numpy(group.answers_BAt.reshape(problems * attempts, -1)).to(device),
+            length_B=torch.from_numpy(group.answer_lengths_BA.reshape(-1)).to(device),
             attempts=attempts,
-            outcome_B=outcome_B,
-            problem_B=problem_B,
-            share=share,
+            outcome_B=group.outcome_BA.reshape(-1).astype(bool),
+            problem_B=np.repeat(np.arange(problems), attempts),
+            share=world * problems / group.step_problems,
         )
+
+    @property
+    def segment_BT(self) -> Tensor | None:
+        """What tells the padding of ``prompt_BT`` from the prompts, as documents of packed rows; None: no padding.
+
+        The state is reset where a prompt begins, so that the padding before it leaves nothing behind.
+        """
+        if not bool(self.padding_B.any()):
+            return None
+        place_T = torch.arange(self.prompt_BT.shape[1], device=self.prompt_BT.device)
+        return (place_T >= self.padding_B[:, None]).to(torch.int32)
 
 
 class Trace(NamedTuple):
@@ -101,7 +97,7 @@ def trace_backbone(backbone: Backbone, texts: Texts, roots: tuple[int, ...], rea
         roots: positions to keep states at, ascending: 0 is the prompt's end, s the position after ``s`` answer tokens.
         read_layers: layers whose SSM states go into ``memory_RBMHPN``.
     """
-    hidden_BTLD, state = backbone(texts.prompt_BT)
+    hidden_BTLD, state = backbone(texts.prompt_BT, segment_BT=texts.segment_BT)
     hidden = [hidden_BTLD[:, -1:].repeat_interleave(texts.attempts, dim=0)]
     state = repeat_rows(state, texts.attempts)
     states, position = {0: state}, 0

@@ -45,6 +45,9 @@ class AblationConfig(Settings):
     """Repetitions: every seed is another set of problems."""
     space: dict[str, Any] = Field(default_factory=dict)
     """Per swept setting a list of values, or ``{low:, high:, log:}`` where points are drawn."""
+    plan_tokens: Annotated[float, Field(gt=0)] = 2.0
+    """Where ``planners`` are swept: tokens that are said while one of them makes a plan with the budget and the number
+    of hypotheses that the settings have; it grows in proportion to both."""
     method: Literal["grid", "random", "optuna"] = "grid"
     """Where the points come from. ``optuna`` needs the extra ``tune``."""
     points: Positive = 32
@@ -64,6 +67,8 @@ class AblationConfig(Settings):
     """Trials at a time; None: as many as the resources allow."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Times that a trial is tried again, on another node if its own was lost."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Whom Ray Tune tells of every trial; they need the extras of these names."""
     smoke: bool = False
     """A 2 × 2 corner of the grid, one seed, few problems: does it run?"""
 

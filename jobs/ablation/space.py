@@ -37,8 +37,8 @@ PATHS: dict[str, str] = {
 TRUST_HORIZON = "trust_horizon"
 """Of the checkpoint, not of its settings: imagined steps for which the world model is trusted; null: no cap."""
 PLANNERS = "planners"
-"""Without effect by the virtual clock."""
-KEYS = (*PATHS, TRUST_HORIZON)
+"""Of one answer, each busy with a plan for ``ablation.plan_tokens``; null: there is always one free."""
+KEYS = (*PATHS, TRUST_HORIZON, PLANNERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +82,6 @@ def parse_space(tree: Mapping[str, Any], settings: Config, *, ranges: bool) -> S
     space: Space = {}
     for key, given in tree.items():
         where = f"ablation.space.{key}"
-        if key == PLANNERS:
-            raise ValueError(
-                f"{where}: a sweep runs by the virtual clock, where every plan is there at its target however many "
-                f"planners there are; python -m jobs.benchmark_speed pool measures them. Allowed: {', '.join(KEYS)}"
-            )
         if key not in KEYS:
             raise ValueError(f"ablation.space: unknown key {key!r}; allowed: {', '.join(KEYS)}")
         check = partial(_checked, key, settings=settings, where=where)
@@ -97,7 +92,7 @@ def parse_space(tree: Mapping[str, Any], settings: Config, *, ranges: bool) -> S
 def _checked(key: str, value: Any, *, settings: Config, where: str) -> Any:
     """The value as its setting has it: 0.0 for a rate of 0."""
     config, horizon = apply_point({key: value}, settings, None, source=where)
-    return own_value(key, config, horizon)
+    return value if key == PLANNERS else own_value(key, config, horizon)
 
 
 def parse_values(given: Any, where: str, check: Callable[[Any], Any], *, ranges: bool) -> Values:
@@ -144,17 +139,17 @@ def _parse_range(given: Mapping[str, Any], where: str, check: Callable[[Any], An
 def apply_point(
     point: Point, settings: Config, trust_horizon: int | None, source: str = "point"
 ) -> tuple[Config, int | None]:
-    """Settings and trust horizon with a point's values in their places.
+    """Settings and trust horizon with a point's values in their places. How many planners there are stands in neither.
 
     Raises:
         ValueError: a value that its setting does not allow, in that setting's own words.
     """
     tree = settings.model_dump(mode="json")
     for key, value in point.items():
-        if key == TRUST_HORIZON:
+        if key in (TRUST_HORIZON, PLANNERS):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{source} = {value!r}; allowed: whole numbers from 1 on, or null")
-            trust_horizon = value
+            trust_horizon = value if key == TRUST_HORIZON else trust_horizon
             continue
         node = tree
         *parents, last = PATHS[key].split(".")
@@ -168,6 +163,8 @@ def own_value(key: str, settings: Config, trust_horizon: int | None) -> Any:
     """What the checkpoint itself has where ``key`` is swept."""
     if key == TRUST_HORIZON:
         return trust_horizon
+    if key == PLANNERS:
+        return None
     node: Any = settings.model_dump(mode="json")
     for part in PATHS[key].split("."):
         node = node[part]

@@ -3,8 +3,8 @@
 Invariants:
 
 * what is to be run is known before Ray starts, but for Optuna, which is asked as it goes;
-* every finished trial is a line of ``trials.jsonl`` in the output folder at once, written by the driver alone; a sweep
-  goes on from these lines, and needs nothing that Ray keeps;
+* every finished trial is kept in the output folder at once, written by the driver alone (:mod:`jobs.ablation.place`);
+  a sweep goes on from there, and needs nothing that Ray keeps, though that lies there as well, in ``tune/``;
 * a trial has no state worth keeping: one whose node is lost starts anew elsewhere;
 * a process loads the checkpoint once and runs one trial after the other.
 """
@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import sys
-import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +29,16 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from actors.cluster import start_ray
+from actors.metrics import Counts, hand_on_run
 from crsm.config import core_count
+from jobs.ablation.place import TUNE_FOLDER, add_ended, read_ended
 from jobs.ablation.settings import AblationConfig, ResourcesConfig
 from jobs.ablation.space import Point, Range, Space
 from jobs.ablation.table import Record
 from jobs.ablation.trial import Bench, Tally, parts
+from jobs.storage import StoragePath
+from jobs.trackers import trackers_folder, tune_callbacks
 
-TRIALS_FILE = "trials.jsonl"
 METRIC = "accuracy"
 """What searchers and ASHA look at."""
 
@@ -54,30 +57,19 @@ class Planned:
 # --------------------------------------------------------------------------------------------------- finished trials
 
 
-def read_records(folder: Path) -> list[Record]:
-    """Finished trials; a line that was cut short by a crash is not one."""
-    path = folder / TRIALS_FILE
+def read_records(folder: StoragePath | Path) -> list[Record]:
+    """Finished trials."""
     records: dict[int, Record] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                found = json.loads(line)
-                record = Record(**(found | {"tally": Tally(**found["tally"])}))
-                records.setdefault(record.trial, record)
+    for found in read_ended(StoragePath.of(folder)):
+        with contextlib.suppress(TypeError, KeyError):
+            record = Record(**(found | {"tally": Tally(**found["tally"])}))
+            records.setdefault(record.trial, record)
     return [records[trial] for trial in sorted(records)]
 
 
-def append_record(folder: Path, record: Record) -> None:
-    """One more line, on the disk when this returns."""
-    path = folder / TRIALS_FILE
-    with open(path, "a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # the line before was cut short
-                file.write(b"\n")
-        file.write(json.dumps(dataclasses.asdict(record)).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+def append_record(folder: StoragePath | Path, record: Record) -> None:
+    """One more, kept when this returns."""
+    add_ended(StoragePath.of(folder), dataclasses.asdict(record))
 
 
 # ------------------------------------------------------------------------------------------------------------- a trial
@@ -91,6 +83,8 @@ class AblationTrial(tune.Trainable):
 
         use_threads(1)
         self._bench, self._settings = bench, settings
+        counts = Counts(settings.name)
+        bench.hear = lambda metrics: hand_on_run(counts, metrics.summary())
         self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -109,7 +103,7 @@ class AblationTrial(tune.Trainable):
         return {
             METRIC: self._tally.accuracy,
             "problems": self._tally.problems,
-            "tally": dataclasses.asdict(self._tally),
+            "tally": json.dumps(dataclasses.asdict(self._tally)),  # a text: no tracker takes its parts for figures
             "finished": not self._parts,
             tune.result.DONE: not self._parts,
         }
@@ -180,7 +174,11 @@ def check_resources(resources: ResourcesConfig, nodes: Sequence[dict[str, float]
 
 
 def run_planned(
-    bench: Bench, settings: AblationConfig, planned: Sequence[Planned], on_record: Callable[[Record], None]
+    bench: Bench,
+    settings: AblationConfig,
+    folder: StoragePath,
+    planned: Sequence[Planned],
+    on_record: Callable[[Record], None],
 ) -> None:
     """Runs trials that are known beforehand; ``on_record`` hears of each as it ends."""
 
@@ -190,21 +188,24 @@ def run_planned(
         on_record(_record(told.trial, told, result))
 
     trials = [dataclasses.asdict(plan) for plan in planned]
-    _fit(bench, settings, {"trial": tune.grid_search(trials)}, hear)
+    _fit(bench, settings, folder, {"trial": tune.grid_search(trials)}, hear)
 
 
 def run_optuna(
     bench: Bench,
     settings: AblationConfig,
+    folder: StoragePath,
     space: Space,
     done: Sequence[Record],
     seed: int,
     on_record: Callable[[Record], None],
 ) -> None:
     """Lets Optuna choose points, each measured with every seed; it is told the means, those of ``done`` too."""
+    import optuna
     from ray.tune.search import Repeater
     from ray.tune.search.optuna import OptunaSearch
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     complete, _ = complete_points(done, settings.seeds)
     # Another seed after an interruption: the points that were drawn before are not drawn again.
     searcher = OptunaSearch(metric=METRIC, mode="max", seed=seed + len(complete))
@@ -219,7 +220,7 @@ def run_optuna(
         trial += 1
 
     left = (settings.points - len(complete)) * len(settings.seeds)
-    _fit(bench, settings, {}, hear, Repeater(searcher, repeat=len(settings.seeds)), left)
+    _fit(bench, settings, folder, {}, hear, Repeater(searcher, repeat=len(settings.seeds)), left)
 
 
 def require_optuna() -> None:
@@ -237,6 +238,7 @@ def require_optuna() -> None:
 def _fit(
     bench: Bench,
     settings: AblationConfig,
+    folder: StoragePath,
     param_space: dict[str, Any],
     on_result: Callable[[dict[str, Any], dict[str, Any]], None],
     searcher: tune.search.Searcher | None = None,
@@ -246,8 +248,7 @@ def _fit(
         tune.with_parameters(AblationTrial, bench=bench, settings=settings),
         {"cpu": settings.resources.num_cpus, "gpu": settings.resources.num_gpus},
     )
-    # What Ray keeps of the sweep is not needed: trials.jsonl is.
-    with tempfile.TemporaryDirectory(prefix="crsm-ablation-", ignore_cleanup_errors=True) as folder:
+    with trackers_folder(settings.trackers, folder) as written:
         results = tune.Tuner(
             trainable,
             param_space=param_space,
@@ -263,16 +264,25 @@ def _fit(
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
-                name="sweep",
-                storage_path=folder,
+                **experiment(folder),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=settings.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[Listener(on_result)],
+                callbacks=[Listener(on_result), *tune_callbacks(settings.trackers, settings.name, written)],
             ),
         ).fit()
     if results.errors:
         raise results.errors[0]
+
+
+def experiment(folder: StoragePath) -> dict[str, Any]:
+    """Where Ray Tune keeps what it knows of an experiment: a folder for every start of a sweep."""
+    path, filesystem = (folder / TUNE_FOLDER).for_ray()
+    return {
+        "name": time.strftime("%Y-%m-%d_%H-%M-%S"),
+        "storage_path": path,
+        "storage_filesystem": filesystem,
+    }
 
 
 def _scheduler(settings: AblationConfig) -> TrialScheduler:
@@ -293,7 +303,8 @@ def _told(config: dict[str, Any], seeds: Sequence[int]) -> Planned:
 
 
 def _record(trial: int, told: Planned, result: dict[str, Any]) -> Record:
-    return Record(trial, told.point, told.seed, Tally(**result["tally"]), finished=result["finished"])
+    tally = Tally(**json.loads(result["tally"]))
+    return Record(trial, told.point, told.seed, tally, finished=result["finished"])
 
 
 def complete_points(done: Sequence[Record], seeds: Sequence[int]) -> tuple[list[tuple[Point, float]], list[Planned]]:

@@ -16,7 +16,7 @@ from typing import Any
 from crsm.evaluation.statistics import wilson_interval
 from jobs.ablation.space import Point
 from jobs.ablation.trial import Tally
-from jobs.command import write_atomically
+from jobs.storage import StoragePath
 
 Row = dict[str, Any]
 
@@ -134,29 +134,28 @@ def _interval(correct: str) -> tuple[float, float]:
     return wilson_interval(correct.count("1"), len(correct))
 
 
-def write_table(table: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+def write_table(table: Sequence[Mapping[str, Any]], folder: StoragePath | Path) -> list[StoragePath]:
     """``table.parquet`` and ``table.csv``, each replaced as a whole.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.csv  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
 
     # A swept setting may have values of several kinds (a trust horizon of 3, or null, is fine; words beside numbers are
     # not): then the column is text.
     columns = {name: [row[name] for row in table] for name in table[0]}
     arrays = {name: _array(values) for name, values in columns.items()}
     tidy = pa.table(arrays)
-    parquet, csv = folder / "table.parquet", folder / "table.csv"
-    temporary = folder / ".table.parquet.part"
-    pyarrow.parquet.write_table(tidy, temporary)
-    temporary.replace(parquet)
-    buffer = io.BytesIO()
-    pyarrow.csv.write_csv(tidy, buffer)
-    write_atomically(csv, buffer.getvalue().decode("utf-8"))
-    return [parquet, csv]
+    place = StoragePath.of(folder)
+    paths = [place / "table.parquet", place / "table.csv"]
+    for path, write in zip(paths, (pyarrow.parquet.write_table, pyarrow.csv.write_csv), strict=True):
+        buffer = io.BytesIO()
+        write(tidy, buffer)
+        path.write_bytes(buffer.getvalue())
+    return paths
 
 
 def _array(values: list[Any]) -> Any:

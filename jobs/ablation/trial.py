@@ -11,6 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +19,15 @@ from crsm.config import Config
 from crsm.evaluation.comparison import identical, run_system
 from crsm.evaluation.compute import Costs, costs
 from crsm.evaluation.solving import Run
+from crsm.metrics import PlanMetrics
 from crsm.model import Checkpoint, use_settings
+from crsm.planners import InlinePlanners, Planners
+from crsm.reasoning import Deliberator
 from crsm.tasks import Problem, Task, build_task
 from crsm.tasks.base import problems as draw_problems
 from crsm.types import Reason
-from jobs.ablation.space import Point, apply_point
+from jobs.ablation.few_planners import FewPlanners
+from jobs.ablation.space import PLANNERS, Point, apply_point
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +76,20 @@ class Tally:
 class Bench:
     """A checkpoint at which points are measured."""
 
-    def __init__(self, checkpoint: Checkpoint, task: str, problems: int) -> None:
+    hear: Callable[[PlanMetrics], None] | None = None
+    """Told what became of the plans of System 2."""
+
+    def __init__(self, checkpoint: Checkpoint, task: str, problems: int, plan_tokens: float = 2.0) -> None:
         """
         Args:
             checkpoint: with the settings that hold where a point says nothing. Its settings are changed meanwhile.
             task: one of the settings' tasks.
             problems: of one seed.
+            plan_tokens: tokens that are said while one of a limited number of planners makes a plan.
         """
         self.checkpoint, self.settings = checkpoint, checkpoint.config
-        self._count = problems
-        self._task: Task = build_task(next(found for found in self.settings.tasks if found.name == task))
+        self._count, self._plan_tokens = problems, plan_tokens
+        self._task: Task = build_task(next(found for found in self.settings.tasks if found.label == task))
         self._problems: dict[int, list[Problem]] = {}
         self._system1: dict[tuple[int, int, int], Run] = {}
 
@@ -96,18 +105,24 @@ class Bench:
         use_settings(self.checkpoint, config)
         try:
             checkpoint = dataclasses.replace(self.checkpoint, trust_horizon=horizon)
-            return self._measure(checkpoint, config, seed, part, controls)
+            return self._measure(checkpoint, config, seed, part, controls, point.get(PLANNERS))
         finally:
             use_settings(self.checkpoint, self.settings)
 
     def _measure(
-        self, checkpoint: Checkpoint, config: Config, seed: int, part: slice, controls: tuple[str, ...]
+        self,
+        checkpoint: Checkpoint,
+        config: Config,
+        seed: int,
+        part: slice,
+        controls: tuple[str, ...],
+        planners: int | None,
     ) -> Tally:
         fresh = self.problems(seed)
         problems = fresh[part]
         sampling = config.sampling.model_copy(update={"seed": seed})
 
-        def run(name: str) -> Run:
+        def run(name: str, planners: Planners | None = None) -> Run:
             return run_system(
                 name,
                 checkpoint,
@@ -117,13 +132,18 @@ class Bench:
                 search=config.search,
                 sampling=sampling,
                 seed=seed,
+                planners=planners,
             )
 
         key = (seed, *part.indices(len(fresh))[:2])
         if key not in self._system1:
             self._system1[key] = run("system1")
-        system1, system2 = self._system1[key], run("system2")
+        system1 = self._system1[key]
+        system2 = run("system2", None if planners is None else self._few(checkpoint, config, planners))
         price, metrics = costs(checkpoint.model), system2.metrics
+        if self.hear is not None:
+            self.hear(metrics)
+        made = metrics.requests - metrics.outcomes[Reason.SHED]
         return Tally(
             correct=_verdicts(system2),
             system1_correct=_verdicts(system1),
@@ -135,10 +155,19 @@ class Bench:
             settled=sum(metrics.outcomes.values()) - metrics.outcomes[Reason.ENDED],
             injections=metrics.injections,
             simulations=metrics.simulations,
-            multiply_adds=_said(price, system2) + metrics.requests * _plans(price, config),
+            multiply_adds=_said(price, system2) + made * _plans(price, config),
             system1_multiply_adds=_said(price, system1),
             controls={name: _verdicts(run(name)).count("1") for name in controls},
         )
+
+    def _few(self, checkpoint: Checkpoint, config: Config, count: int) -> FewPlanners:
+        """So many planners for every answer, as fast as they are with this budget."""
+        asked, own = config.deliberation, self.settings
+        budget = config.search.simulations * asked.hypotheses
+        share = budget / (own.search.simulations * own.deliberation.hypotheses)
+        deliberator = Deliberator.from_checkpoint(checkpoint, search=config.search, plan_length=asked.plan_length)
+        inner = InlinePlanners(deliberator, config.planners.max_batch)
+        return FewPlanners(inner, count, self._plan_tokens * share)
 
 
 def parts(problems: int, rungs: int) -> list[slice]:

@@ -138,7 +138,7 @@ def test_the_manifest_holds_the_serve_config_and_the_environment() -> None:
 
 
 def test_the_dashboard_shows_every_metric_under_the_name_that_ray_gives_it() -> None:
-    from actors.service_metrics import METRICS
+    from actors.metrics import METRICS
 
     dashboard = json.loads((CONFIGS / "grafana" / "crsm.json").read_text(encoding="utf-8"))
     queries = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])

@@ -13,16 +13,31 @@ from crsm.evaluation.comparison import compare
 from crsm.evaluation.figures import check_figure_path
 from crsm.evaluation.statistics import wilson_interval
 from crsm.model import save_checkpoint
+from crsm.planners import Arrivals
 from crsm.tasks import build_task
 from crsm.tasks.base import problems as draw_problems
+from crsm.types import PlanRequest
 from jobs import ablate
 from jobs.ablation import space as spaces
 from jobs.ablation.cheapest import cheapest, design, fit
 from jobs.ablation.checks import is_silent, lag_trend, silence
+from jobs.ablation.few_planners import FewPlanners
 from jobs.ablation.figures import draw_all, heat_map_keys
 from jobs.ablation.report import report, verdicts
 from jobs.ablation.settings import AblationConfig, ResourcesConfig, load_ablation, shrink
-from jobs.ablation.space import KEYS, PATHS, Range, apply_point, corner, draw, grid, own_value, parse_space, reference
+from jobs.ablation.space import (
+    KEYS,
+    PATHS,
+    PLANNERS,
+    Range,
+    apply_point,
+    corner,
+    draw,
+    grid,
+    own_value,
+    parse_space,
+    reference,
+)
 from jobs.ablation.sweep import append_record, check_resources, complete_points, read_records
 from jobs.ablation.table import Pooled, Record, figures, paired_difference, pool, rows, write_table
 from jobs.ablation.trial import Bench, Tally, parts
@@ -119,7 +134,7 @@ def test_every_key_of_the_space_changes_the_setting_that_it_names():
         "world_model": "exact",
         "trust_horizon": 2,
     }
-    assert set(values) == set(KEYS)
+    assert {*values, PLANNERS} == set(KEYS), "planners are no setting of the checkpoint"
     config, horizon = apply_point(values, SETTINGS, None)
     for key, value in values.items():
         assert own_value(key, SETTINGS, None) != value
@@ -135,7 +150,8 @@ def test_no_key_of_the_space_is_a_column_of_figures():
     [
         ({}, False, "ablation.space is empty; allowed: at least one of lag, injection_rate"),
         ({"lags": [1]}, False, "unknown key 'lags'; allowed: lag, injection_rate, channel"),
-        ({"planners": [1, 2]}, False, "ablation.space.planners: a sweep runs by the virtual clock"),
+        ({"planners": [0]}, False, "ablation.space.planners = 0; allowed: whole numbers from 1 on, or null"),
+        ({"planners": [True]}, False, "ablation.space.planners = True; allowed: whole numbers from 1 on, or null"),
         (
             {"lag": [-1]},
             False,
@@ -277,6 +293,70 @@ def test_a_point_leaves_the_checkpoint_as_it_was(bench):
     assert bench.checkpoint.model.critic.uncertainty_penalty == before.model.critic.uncertainty_penalty
 
 
+def test_planners_without_end_change_nothing_and_few_of_them_shed_what_they_cannot_do(bench):
+    point, seed = {"lag": 2, "injection_rate": 0.5}, 7
+    free = bench.measure(point, seed, slice(None))
+    assert bench.measure(point | {"planners": None}, seed, slice(None)) == free
+    # A plan takes 2 tokens, and one is asked for at every token.
+    assert bench.measure(point | {"planners": 2}, seed, slice(None)) == free
+    one = bench.measure(point | {"planners": 1}, seed, slice(None))
+    assert one.requests == free.requests and one.simulations == free.simulations / 2
+    assert one.multiply_adds - one.system1_multiply_adds == (free.multiply_adds - free.system1_multiply_adds) / 2
+    # Twice the work takes 4 tokens, and the plan is wanted after 2.
+    slow = bench.measure(point | {"planners": 9, "hypotheses": 2}, seed, slice(None))
+    assert slow.simulations == slow.hits == 0 and slow.identical
+    assert slow.multiply_adds == slow.system1_multiply_adds
+
+
+@given(
+    count=st.integers(1, 4),
+    plan_tokens=st.floats(0.1, 5.0),
+    asked=st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 3), st.integers(0, 6)), max_size=30),
+)
+def test_no_planner_does_two_plans_at_a_time_and_what_is_taken_is_ready_at_its_target(count, plan_tokens, asked):
+    inner = Noting()
+    planners = FewPlanners(inner, count, plan_tokens)
+    position, sent = {"a": 0, "b": 0}, []
+    for index, (generation, step, lag) in enumerate(asked):
+        position[generation] += step
+        sent.append(request(index, generation, position[generation], lag))
+        planners.submit([sent[-1]])
+    arrived = planners.wait([one.request_id for one in sent])
+    taken = {one.request_id for one in inner.sent}
+    assert taken | {one.request_id for one in arrived.shed} == {one.request_id for one in sent}
+    assert taken.isdisjoint(one.request_id for one in arrived.shed)
+    assert not planners.poll().shed, "each is told once"
+    for generation in "ab":
+        free_at = [0.0] * count
+        for one in (one for one in sent if one.generation_id == generation):
+            done = max(float(one.position), min(free_at)) + plan_tokens
+            assert (one.request_id in taken) == (done <= one.target)
+            if one.request_id in taken:
+                free_at[free_at.index(min(free_at))] = done
+
+
+class Noting:
+    """Planners that only note what they are asked."""
+
+    def __init__(self):
+        self.sent = []
+
+    def submit(self, requests):
+        self.sent += requests
+
+    def poll(self):
+        return Arrivals()
+
+    def wait(self, request_ids):
+        assert set(request_ids) <= {one.request_id for one in self.sent}
+        return Arrivals()
+
+
+def request(index, generation, position, lag):
+    nothing = np.zeros((0,), dtype=np.float32)
+    return PlanRequest(index, generation, position, position + lag, 0, nothing, nothing)
+
+
 def test_the_uncertainty_penalty_reaches_the_search(bench):
     seen = []
     critic = type(bench.checkpoint.model.critic)
@@ -369,8 +449,8 @@ def test_parquet_and_csv_hold_the_same_rows(tmp_path):
     table[0]["trust_horizon"], table[1]["trust_horizon"] = None, 3
     table = [{"trust_horizon": None} | row for row in table]
     parquet, csv = write_table(table, tmp_path)
-    assert pyarrow.parquet.read_table(parquet).to_pylist() == table
-    again = pyarrow.csv.read_csv(csv).to_pylist()
+    assert pyarrow.parquet.read_table(str(parquet)).to_pylist() == table
+    again = pyarrow.csv.read_csv(str(csv)).to_pylist()
     assert [row["accuracy"] for row in again] == [row["accuracy"] for row in table]
     assert list(again[0]) == list(table[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table.csv", "table.parquet"]

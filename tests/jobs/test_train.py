@@ -8,8 +8,10 @@ import pytest
 
 from crsm.config import Config, load_config
 from jobs import command, pipeline, runs, stage_3_value_head, train, train_worker
+from jobs.preemption import SHORTEST, SaveOnNotice
 from jobs.report import draw_report, series, summary_lines
 from jobs.stage_3_value_head import accuracies, plan_jobs
+from jobs.storage import StoragePath
 
 # ------------------------------------------------------------------------------------------------------- folders
 
@@ -20,22 +22,42 @@ def test_a_run_has_a_folders_name(tmp_path, name):
         runs.run_folder(tmp_path, name)
 
 
-def test_runs_lie_in_a_folder():
-    with pytest.raises(ValueError, match="s3://bucket"):
-        runs.run_folder("s3://bucket", "nano")
+def test_runs_lie_in_a_folder_or_in_an_object_store(tmp_path):
+    assert runs.run_folder(tmp_path, "nano").local == tmp_path / "nano"
+    assert str(runs.run_folder("s3://bucket/runs", "nano")) == "s3://bucket/runs/nano"
+    with pytest.raises(ValueError, match="storage = 'ftp://host'; allowed: a folder, s3://"):
+        runs.run_folder("ftp://host", "nano")
 
 
 def test_options_win_over_settings(tmp_path):
     settings = load_config(None, ["name=a", f"train.storage_path={tmp_path}"])
-    assert runs.locate(settings, None, None) == (tmp_path, "a")
-    assert runs.locate(settings, tmp_path / "x", "b") == (tmp_path / "x", "b")
+    assert runs.locate(settings, None, None) == (str(tmp_path), "a")
+    assert runs.locate(settings, "s3://bucket/x", "b") == ("s3://bucket/x", "b")
+
+
+def test_an_input_on_the_drivers_disk_goes_to_the_object_store_and_stays_where_it_is_for_a_folder(
+    tmp_path, monkeypatch
+):
+    source = finished(tmp_path, "stage_1")
+    uploads = []
+    monkeypatch.setattr(StoragePath, "is_file", lambda self: self.local is not None)
+    monkeypatch.setattr(StoragePath, "upload", lambda self, path, last: uploads.append((str(self), path, last)))
+    assert runs.within_reach(source, StoragePath.of(tmp_path / "elsewhere")) == source
+    assert uploads == []
+    there = runs.within_reach(source, StoragePath.of("s3://bucket/run/stage_2"))
+    assert uploads == [("s3://bucket/run/stage_2/input/0123456789abcdef", source.local, "config.json")]
+    assert str(there) == uploads[0][0]
+    far = StoragePath.of("s3://other/checkpoint")
+    assert runs.within_reach(far, there) == far
 
 
 def finished(tmp_path, *stages):
     for stage in stages:
         folder = tmp_path / "run" / stage / "checkpoint"
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
+        hashed = {"files": {"model.safetensors": {"sha256": "0123456789abcdef" * 4}}}
+        (folder / "config.json").write_text(json.dumps(hashed))
+    return StoragePath.of(folder)
 
 
 def test_a_stage_starts_from_the_nearest_earlier_one(tmp_path):
@@ -96,6 +118,10 @@ def test_a_run_of_other_settings_is_refused_before_ray_starts(tmp_path, monkeypa
     [
         (["train.workers=1000"], r"stage_1 with train.workers = 1000 asks 1000 CPU; the cluster has \d+\."),
         (["train.use_gpu=true"], r"stage_1 with train.workers = 1 asks 1 GPU; the cluster has 0\."),
+        (
+            ["train.workers=2000", "train.min_workers=1000"],
+            r"stage_1 with train.min_workers = 1000 asks 1000 CPU; the cluster has \d+\.",
+        ),
     ],
 )
 def test_a_cluster_that_is_too_small_says_so_at_once(tmp_path, monkeypatch, changes, line):
@@ -135,11 +161,19 @@ def test_a_submitted_job_keeps_nothing_in_its_working_directory(tmp_path, monkey
     monkeypatch.delenv("CRSM_STORAGE", raising=False)
     with pytest.raises(ValueError, match=r"storage = 'runs' in the working directory of a submitted job.*CRSM_STORAGE"):
         runs.run_folder("runs", "nano")
-    assert runs.run_folder(tmp_path / "mine", "nano") == tmp_path / "mine" / "nano"
+    assert runs.run_folder(tmp_path / "mine", "nano").local == tmp_path / "mine" / "nano"
+    assert str(runs.run_folder("s3://bucket/mine", "nano")) == "s3://bucket/mine/nano"
     monkeypatch.setenv("CRSM_STORAGE", str(tmp_path / "shared"))
-    assert runs.run_folder("runs", "nano") == tmp_path / "shared" / "runs" / "nano"
+    assert runs.run_folder("runs", "nano").local == tmp_path / "shared" / "runs" / "nano"
+    monkeypatch.setenv("CRSM_STORAGE", "s3://bucket/crsm")
+    assert str(runs.run_folder("runs", "nano")) == "s3://bucket/crsm/runs/nano"
     monkeypatch.chdir(tmp_path)
-    assert runs.run_folder("runs", "nano") == tmp_path / "runs" / "nano"
+    assert runs.run_folder("runs", "nano").local == tmp_path / "runs" / "nano"
+
+
+def test_no_more_workers_are_enough_than_are_asked_for():
+    with pytest.raises(ValueError, match="min_workers = 3; allowed: at most workers = 2"):
+        load_config(None, ["train.workers=2", "train.min_workers=3"])
 
 
 class FromWorkers(Exception):
@@ -170,6 +204,51 @@ def test_numbers_that_explode_are_one_line_and_status_1(capsys):
 
     assert command.invoke(main, []) == 1
     assert capsys.readouterr().err == "error: stage_1, step 3: loss = nan\n"
+
+
+# ----------------------------------------------------------------------------------------------------- preemption
+
+
+class Notices:
+    """Ray Train's notice and a clock, both set by hand."""
+
+    def __init__(self):
+        self.notice, self.now = None, 100.0
+        self.saves = SaveOnNotice(lambda: self.notice, lambda: self.now)
+
+    def is_due_at(self, now):
+        self.now = now
+        return self.saves.is_due()
+
+
+def test_without_a_notice_nothing_is_saved_before_its_time():
+    notices = Notices()
+    assert not notices.is_due_at(100.0)
+    notices.saves.saved(1.0)
+    assert not notices.is_due_at(1000.0)
+
+
+def test_a_notice_is_answered_at_once_and_again_as_long_as_it_stands():
+    notices = Notices()
+    notices.notice = "node a"
+    assert notices.is_due_at(101.0) and notices.is_due_at(101.1)  # until a state was saved
+    notices.saves.saved(0.1)
+    assert not notices.is_due_at(101.1 + 0.9 * SHORTEST)
+    assert notices.is_due_at(101.1 + SHORTEST)
+    notices.saves.saved(10.0)  # where saving is slow, no more than a fifth of the time goes into it
+    assert not notices.is_due_at(notices.now + 49.0)
+    assert notices.is_due_at(notices.now + 51.0)
+
+
+def test_news_after_a_slow_state_do_not_wait_for_its_pause():
+    notices = Notices()
+    notices.saves.saved(10.0)
+    notices.notice = "node a"
+    assert not notices.is_due_at(100.0)  # another worker has asked for that one
+    assert notices.is_due_at(100.0 + SHORTEST)
+    notices.saves.saved(10.0)
+    notices.notice = "nodes a, b"
+    assert notices.is_due_at(notices.now + SHORTEST)
 
 
 # ---------------------------------------------------------------------------------------------------------- gates

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from crsm.config import PathStarConfig, TreePathConfig
 from crsm.tasks import Task, build_task, build_tasks, problems, split_of
-from crsm.tasks.graph import PREAMBLE
+from crsm.tasks.closed import PATH_PREAMBLE as PREAMBLE
 
 TASKS = build_tasks([PathStarConfig(), TreePathConfig()])
 SPLITS = ("train", "valid", "test")

@@ -19,7 +19,7 @@ from crsm.training.assembly import AssemblyStage, Drawn, write_losses
 from crsm.training.traces import Texts
 from crsm.types import ModelState
 from tests.fixtures import TASK, tiny_checkpoint, tiny_tokenizer
-from tests.training.texts import equal_group, ragged_group
+from tests.training.texts import equal_group, prompt_of, ragged_group
 
 groups = pytest.mark.parametrize("make", [equal_group, ragged_group])
 
@@ -60,7 +60,7 @@ def by_hand(model: CRSM, texts: Texts, drawn: Drawn) -> tuple[list[float], list[
     """Cross-entropy of planned tokens and KL of later ones, one row and one token at a time."""
     follow, after = [], []
     for row in range(len(texts.answer_BT)):
-        prompt = texts.prompt_BT[row // texts.attempts]
+        prompt = prompt_of(texts, row)
         length, target = int(texts.length_B[row]), drawn.target
         answer = texts.answer_BT[row, :length].tolist()
         _, state = model.backbone(torch.tensor([[*prompt.tolist(), *answer[:target]]]))
@@ -129,9 +129,9 @@ def test_a_write_of_rate_zero_leaves_the_backbones_own_loss_and_no_divergence(
     assert abs(float(after)) < 1e-5
     want = []
     for row, count in enumerate([2, 1, 2, 1]):
-        text = torch.cat([texts.prompt_BT[row // 2], texts.answer_BT[row]])[None]
+        text = torch.cat([prompt_of(texts, row), texts.answer_BT[row]])[None]
         log_probs_TV = model.logits(model.backbone(text)[0][0]).log_softmax(dim=-1)
-        first = texts.prompt_BT.shape[1] + 2
+        first = len(prompt_of(texts, row)) + 2
         want += [-float(log_probs_TV[first + i - 1, text[0, first + i]]) for i in range(count)]
     np.testing.assert_allclose(follow_M, want, atol=1e-4)
 
@@ -183,17 +183,28 @@ def test_what_is_drawn_fits_the_texts() -> None:
     stage = stage_of(earlier_write=0.5, rates=(0.1, 0.4))
     texts = Texts.from_group(ragged_group(), world=1)
     seen: set[tuple[int, int]] = set()
-    for seed in range(60):
+    for seed in range(100):
         drawn = stage._draw(texts, np.random.default_rng(seed))
         left_B = texts.length_B.numpy() - 1 - drawn.target
-        assert (drawn.length_B >= 1).all() and (drawn.length_B <= np.minimum(left_B, 3)).all()
+        assert left_B.max() >= 1, "a plan has something to say in one row at least"
+        assert (drawn.length_B >= 1).all() and (drawn.length_B <= np.clip(left_B, 1, 3)).all()
         assert set(drawn.alpha_B.tolist()) <= {np.float32(0.1).item(), np.float32(0.4).item()}
         assert drawn.target > 0 or not drawn.earlier_B.any()
         seen |= {(drawn.target, kind) for kind in drawn.earlier_B.tolist()}
-    # The shortest row has four tokens: its third is the last before which a plan has something to say. Before the first
-    # there can be no earlier plan.
-    assert int(texts.length_B.min()) == 4
-    assert seen == {(0, 0)} | {(target, kind) for target in (1, 2) for kind in (0, 1, 2)}
+    # The longest rows have five tokens: the fourth is the last before which a plan has something to say. Before the
+    # first there can be no earlier plan.
+    assert int(texts.length_B.max()) == 5
+    assert seen == {(0, 0)} | {(target, kind) for target in (1, 2, 3) for kind in (0, 1, 2)}
+
+
+def test_a_row_that_has_ended_takes_no_part() -> None:
+    """Its losses are those of the rows that go on."""
+    model = tiny_checkpoint().model
+    texts = Texts.from_group(equal_group(), world=1)
+    drawn = draw(3, [1, 1, 1, 1])
+    with torch.no_grad():
+        follow_M, _ = write_losses(model, texts, drawn)
+    assert texts.length_B.tolist() == [5, 4, 5, 3] and follow_M.shape == (2,)
 
 
 def test_evaluation_is_the_same_twice_and_between_none_and_all() -> None:

@@ -15,7 +15,7 @@ from crsm.data.tokenizer import build_tokenizer
 from crsm.model import build_model
 from crsm.tasks import build_tasks
 from crsm.training.backbone import BackboneStage
-from crsm.training.loop import run_stage
+from crsm.training.loop import LoopState, run_stage
 
 OVERRIDES = [
     "model.backbone={d_model: 32, n_layer: 2, d_state: 8, headdim: 16, chunk_size: 16}",
@@ -87,6 +87,61 @@ def test_two_workers_equal_one_over_20_steps(tmp_path):
         assert torch.equal(first["weights"][name], second["weights"][name]), name
         assert torch.allclose(first["weights"][name], tensor, atol=1e-4), name
     assert losses[-1] < losses[0]
+
+
+class Preempted(Exception):
+    pass
+
+
+def run_part(rank, world, folder, first, last):
+    """Steps ``first`` to ``last``. Only the worker of the highest rank hears that it has to stop there."""
+    torch.set_num_threads(1)
+    stage = make_stage()
+    module = None
+    if world > 1:
+        timeout = timedelta(seconds=120)
+        dist.init_process_group("gloo", f"file://{folder}/store_{first}", rank=rank, world_size=world, timeout=timeout)
+        module = DistributedDataParallel(stage, find_unused_parameters=True)
+    steps = first
+
+    def save_now():
+        nonlocal steps
+        steps += 1
+        return rank == world - 1 and steps == last
+
+    def save(state):
+        assert state.step == last
+        if rank == 0:
+            state.save(f"{folder}/state_{last}")
+        raise Preempted
+
+    resume = LoopState.load(f"{folder}/state_{first}", stage.name) if first else None
+    try:
+        run_stage(stage, rank=rank, world=world, module=module, resume=resume, on_checkpoint=save, save_now=save_now)
+    except Preempted:
+        pass
+    if world > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.serial
+def test_workers_that_become_fewer_and_more_end_where_one_ends(tmp_path):
+    mp.spawn(run_part, args=(2, str(tmp_path), 0, 7), nprocs=2)
+    threads = torch.get_num_threads()
+    run_part(0, 1, str(tmp_path), 7, 13)
+    torch.set_num_threads(threads)
+    mp.spawn(run_part, args=(2, str(tmp_path), 13, 20), nprocs=2)
+    state = LoopState.load(tmp_path / "state_20", "stage_1")
+    stage = make_stage()
+    undisturbed = run_stage(stage)
+    losses = [point["loss"] for point in state.curve]
+    assert losses == pytest.approx([point["loss"] for point in undisturbed.curve if "loss" in point], abs=1e-4)
+    assert len(losses) == 20 and state.tokens == sum(
+        int(batch.lengths_B.sum())
+        for step in range(20)
+        for micro in range(2)
+        for batch in stage.batch(step, micro, 0, 1)
+    )
 
 
 @pytest.mark.serial

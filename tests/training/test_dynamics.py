@@ -19,7 +19,7 @@ from crsm.tasks import build_task
 from crsm.training.dynamics import DynamicsStage, fidelity, trust_horizon, unroll
 from crsm.training.traces import Texts, trace_backbone
 from tests.fixtures import TASK, tiny_checkpoint, tiny_tokenizer
-from tests.training.texts import equal_group, ragged_group
+from tests.training.texts import equal_group, prompt_of, ragged_group
 
 groups = pytest.mark.parametrize("make", [equal_group, ragged_group])
 
@@ -62,7 +62,7 @@ def test_each_row_of_a_step_compares_the_right_positions(make: Callable[[], Atte
     with torch.no_grad():
         for root in roots:
             for row in range(len(texts.answer_BT)):
-                prompt = texts.prompt_BT[row // texts.attempts]
+                prompt = prompt_of(texts, row)
                 hidden, _ = model.backbone(torch.cat([prompt, texts.answer_BT[row]])[None])
                 snapshot = trace.memory_RBMHPN[root, row][None]
                 begin = Snapshot(hidden[:, len(prompt) - 1 + root], snapshot)
@@ -74,7 +74,7 @@ def test_each_row_of_a_step_compares_the_right_positions(make: Callable[[], Atte
                     p, q = (model.logits(x).log_softmax(dim=-1) for x in (real, imagined))
                     error = float((model.critic(imagined) - model.critic(real)).abs().mean())
                     position = root + step
-                    judged = int(texts.start_B[row]) < position < int(texts.length_B[row])
+                    judged = position < int(texts.length_B[row])
                     last = position == int(texts.length_B[row]) - 1
                     want.setdefault(step, []).append((row, float((p.exp() * (p - q)).sum()), error, judged, last))
     for got in unroll(model, world, trace, texts, 4):

@@ -131,6 +131,13 @@ def without_clocks(curve):
     return [{k: v for k, v in point.items() if k not in ("seconds", "tokens_per_second")} for point in curve]
 
 
+def test_a_state_is_saved_when_it_is_asked_for():
+    stage, saved = Regression(settings(checkpoint_every=5)), []
+    asked = iter([False, True, False, False, False, False, True, False])
+    run_stage(stage, on_checkpoint=lambda state: saved.append(state.step), save_now=lambda: next(asked))
+    assert saved == [2, 5, 7, 8]
+
+
 @pytest.mark.parametrize("kill_at", [1, 3, 4, 5, 8])
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, kill_at, ema):

@@ -13,23 +13,21 @@ from crsm.data import AttemptGroup
 from crsm.training.traces import Texts, repeat_rows, trace_backbone
 from crsm.types import concat_states
 from tests.fixtures import random_state, tiny_checkpoint
-from tests.training.texts import equal_group, ragged_group, whole_texts
+from tests.training.texts import equal_group, prompt_of, ragged_group, whole_texts
 
 groups = pytest.mark.parametrize("make", [equal_group, ragged_group])
 
 
 @groups
-def test_prompt_and_rows_together_are_the_texts(make: Callable[[], AttemptGroup]) -> None:
+def test_prompts_end_together_and_with_their_answers_are_the_texts(make: Callable[[], AttemptGroup]) -> None:
     group = make()
     texts = Texts.from_group(group, world=1)
-    common = texts.prompt_BT.shape[1]
-    assert common == int(group.prompt_lengths_B.min())
+    assert texts.prompt_BT.shape[1] == int(group.prompt_lengths_B.max())
     for row, text in enumerate(whole_texts(group)):
-        problem = row // texts.attempts
-        start, end = int(texts.start_B[row]), int(texts.length_B[row])
-        assert [*texts.prompt_BT[problem].tolist(), *texts.answer_BT[row, :end].tolist()] == text
-        assert common + start == group.prompt_lengths_B[problem]
+        answer = texts.answer_BT[row, : int(texts.length_B[row])]
+        assert [*prompt_of(texts, row).tolist(), *answer.tolist()] == text
     assert texts.problem_B.tolist() == [0, 0, 1, 1] and texts.outcome_B.tolist() == [False, True, True, False]
+    assert (texts.segment_BT is None) is group.equal_prompts
 
 
 def test_the_share_is_the_weight_of_this_workers_part() -> None:
@@ -51,7 +49,7 @@ def test_what_is_kept_at_a_root_is_the_state_of_its_prefix(
     sequences, tokens = texts.answer_BT.shape
     assert trace.hidden_SBLD.shape == (tokens + 1, sequences, 2, 16) and trace.roots == roots
     for row in range(sequences):
-        prompt = texts.prompt_BT[row // texts.attempts]
+        prompt = prompt_of(texts, row)
         hidden, _ = backbone(torch.cat([prompt, texts.answer_BT[row]])[None])
         np.testing.assert_allclose(trace.hidden_SBLD[:, row], hidden[0, len(prompt) - 1 :], atol=1e-4)
         for place, root in enumerate(roots):
@@ -66,25 +64,18 @@ def test_what_is_kept_at_a_root_is_the_state_of_its_prefix(
                 )
 
 
-def test_ragged_prompts_give_the_trace_of_each_text_alone() -> None:
-    """A problem's part of a mixed group is what the problem gives by itself, where its prompt is cut nowhere."""
+def test_padding_before_a_prompt_leaves_nothing_behind() -> None:
+    """A problem's part of a mixed group is what the problem gives by itself."""
     backbone = tiny_checkpoint().model.backbone
     group = ragged_group()
-    texts = Texts.from_group(group, world=1)
-    trace = trace_backbone(backbone, texts, (0,), (0,))
+    trace = trace_backbone(backbone, Texts.from_group(group, world=1), (0, 2), (0,))
     for problem in range(2):
         alone = group.rows(slice(problem, problem + 1))
         alone = dataclasses.replace(alone, prompts_BT=alone.prompts_BT[:, : alone.prompt_lengths_B[0]])
-        alone_texts = Texts.from_group(alone, world=1)
-        alone_trace = trace_backbone(backbone, alone_texts, (0,), (0,))
-        for attempt in range(2):
-            row = 2 * problem + attempt
-            start, length = int(texts.start_B[row]), int(texts.length_B[row])
-            np.testing.assert_allclose(
-                trace.hidden_SBLD[start : length + 1, row],
-                alone_trace.hidden_SBLD[: length - start + 1, attempt],
-                atol=1e-4,
-            )
+        alone_trace = trace_backbone(backbone, Texts.from_group(alone, world=1), (0, 2), (0,))
+        rows = slice(2 * problem, 2 * problem + 2)
+        np.testing.assert_allclose(trace.hidden_SBLD[:, rows], alone_trace.hidden_SBLD, atol=1e-5)
+        np.testing.assert_allclose(trace.memory_RBMHPN[:, rows], alone_trace.memory_RBMHPN, atol=1e-5)
 
 
 def test_rows_are_repeated_in_neighbourhood() -> None:

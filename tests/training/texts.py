@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from crsm.data import AttemptGroup
+from crsm.training.traces import Texts
 
 VERDICTS = (6, 5)
 """Token of a wrong and of a right end in the tiny vocabulary."""
@@ -74,3 +76,9 @@ def whole_texts(group: AttemptGroup) -> list[list[int]]:
         for b, prompt in enumerate(group.prompts)
         for a in range(group.answers_BAt.shape[1])
     ]
+
+
+def prompt_of(texts: Texts, row: int) -> Tensor:
+    """The prompt of a row of answers, without its padding."""
+    problem = row // texts.attempts
+    return texts.prompt_BT[problem, int(texts.padding_B[problem]) :]

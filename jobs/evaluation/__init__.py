@@ -1,0 +1,1 @@
+"""What ``jobs.evaluate`` is made of: its settings, and the folder in which its answers lie."""
