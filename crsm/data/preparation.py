@@ -285,8 +285,8 @@ def encode_and_write(plan: Plan, key: str, encoder: TextEncoder) -> None:
             bytes_of[split] += len(piece.encode())
     pieces: dict[str, list[np.ndarray]] = {split: [] for split in _SPLITS}
     encoded = encoder.encode_all(text for _, text, _ in documents)
-    for (split, _, closing), tokens in zip(documents, encoded, strict=True):
-        pieces[split] += [tokens.astype(dtype), np.array(closing, dtype)]
+    for (place, _, closing), tokens in zip(documents, encoded, strict=True):
+        pieces[place] += [tokens.astype(dtype), np.array(closing, dtype)]
     arrays = {split: np.concatenate([np.zeros(0, dtype), *pieces[split]]) for split in _SPLITS}
     arrays["bytes"] = np.array([bytes_of[split] for split in _SPLITS], np.int64)
     _write_arrays(plan.tokens_path(key), arrays)
