@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from crsm.data.decontamination import Contamination
     from crsm.data.encoding import TextEncoder
     from crsm.data.parts import PartCounts
-    from crsm.data.preparation import Plan
+    from crsm.data.plan import Plan
     from crsm.data.sources import Input
 
 ConfigOption = Annotated[Path, typer.Option("--config", metavar="FILE", help="Settings (YAML), as in configs/data.")]
@@ -90,7 +90,8 @@ def remove_output(folder: Path) -> None:
 
     The index goes first: what is left of the rest, should this be stopped, is not taken for finished.
     """
-    from crsm.data.preparation import REPORT, WORK
+    from crsm.data.plan import WORK
+    from crsm.data.preparation import REPORT
     from crsm.data.shards import CARD, FOLDER, INDEX, TOKENIZER
 
     for name in (INDEX, CARD, REPORT, TOKENIZER):

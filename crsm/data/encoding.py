@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from crsm.data.tokenizer import PIECES, Tokenizer
 _CHUNK = re.compile(r"\s*[^\W_]+|\s*(?:[^\w\s]|_)+(?:(?<=')[^\W_]+)?|\s+")
 _MAX_KNOWN = 1 << 19
 """Chunks that are remembered; when there are more, the table begins anew."""
+_TOGETHER = 1 << 17
+"""Chunks of texts that are encoded together."""
 
 
 class TextEncoder:
@@ -32,24 +35,38 @@ class TextEncoder:
 
     def encode(self, text: str) -> np.ndarray:
         """Tokens of a text, none for an empty one. (T,) int64"""
-        if not text:
-            return np.zeros(0, np.int64)
+        return next(self.encode_all([text]))
+
+    def encode_all(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Tokens of each text. (T,) int64 each"""
         if not self.cuts_words:
-            return np.array(self.tokenizer.encode(text), np.int64)
-        chunks = _CHUNK.findall(text)
-        new = [chunk for chunk in dict.fromkeys(chunks) if chunk not in self._places]
+            for text in texts:
+                yield np.array(self.tokenizer.encode(text) if text else [], np.int64)
+            return
+        # New words are learnt for many texts at a time: the table is copied when it grows.
+        waiting: list[list[str]] = []
+        count = 0
+        for text in texts:
+            waiting.append(_CHUNK.findall(text))
+            count += len(waiting[-1])
+            if count >= _TOGETHER:
+                yield from self._encode(waiting)
+                waiting, count = [], 0
+        yield from self._encode(waiting)
+
+    def _encode(self, chunks_of: list[list[str]]) -> Iterator[np.ndarray]:
+        new = [c for c in dict.fromkeys(itertools.chain.from_iterable(chunks_of)) if c not in self._places]
         if new:
             if len(self._places) + len(new) > _MAX_KNOWN:
                 self._forget()
-                new = list(dict.fromkeys(chunks))
+                new = list(dict.fromkeys(itertools.chain.from_iterable(chunks_of)))
             self._learn(new)
-        places = np.fromiter(map(self._places.__getitem__, chunks), np.int64, len(chunks))
-        lengths = self._lengths[places]
-        ends = np.cumsum(lengths)
-        tokens: np.ndarray = self._tokens[
-            np.repeat(self._starts[places] - (ends - lengths), lengths) + np.arange(ends[-1])
-        ]
-        return tokens
+        for chunks in chunks_of:
+            places = np.fromiter(map(self._places.__getitem__, chunks), np.int64, len(chunks))
+            lengths = self._lengths[places]
+            ends = np.cumsum(lengths)
+            total = int(ends[-1]) if len(ends) else 0
+            yield self._tokens[np.repeat(self._starts[places] - (ends - lengths), lengths) + np.arange(total)]
 
     def _forget(self) -> None:
         self._places: dict[str, int] = {}

@@ -28,8 +28,7 @@ class TextLoader:
         seed: of the run.
 
     Raises:
-        ValueError: a shard is missing or corrupt, or another tokenizer wrote them; there is no training text, or less
-            than a row of it.
+        ValueError: a shard is missing or corrupt, another tokenizer wrote them, or there is no training text.
     """
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer, seed: int) -> None:

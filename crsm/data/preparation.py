@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,60 +34,22 @@ from crsm.data.parts import (
     PartCounts,
     clean_part,
     cut_parts,
-    part_key,
     read_counts,
     read_documents,
     read_sections,
     write_part,
 )
+from crsm.data.plan import Plan, check_same, identity_of, make_plan
 from crsm.data.sections import runs_of
 from crsm.data.shards import CARD, FORMAT, INDEX, TOKENIZER, dtype_for, read_index, write_stream, write_whole
-from crsm.data.sources import Broken, Document, Input, evaluation_texts, list_inputs, read_input
+from crsm.data.sources import Broken, Document, Input, evaluation_texts, read_input
 from crsm.data.tokenizer import Tokenizer
 from crsm.data_config import DataConfig, SourceConfig
 
-WORK = "work"
 REPORT = "report.json"
 _EXAMPLES = 100
 """Duplicates that the report names."""
 _SPLITS = ("train", "valid")
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One preparation: everything that a worker has to know, as plain data."""
-
-    config: DataConfig
-    folder: str
-    """Of the output."""
-    inputs: tuple[Input, ...]
-
-    @property
-    def output(self) -> Path:
-        return Path(self.folder)
-
-    @property
-    def work(self) -> Path:
-        return self.output / WORK
-
-    def source(self, name: str) -> SourceConfig:
-        return next(source for source in self.config.sources if source.name == name)
-
-    def clean_path(self, key: str) -> Path:
-        return self.work / "clean" / f"{key}.parquet"
-
-    def tokens_path(self, key: str) -> Path:
-        return self.work / "tokens" / f"{key}.npz"
-
-    def part_keys(self, given: Input) -> list[str]:
-        """The parts of an input that are clean, from the first on without a gap; the last one is marked as such."""
-        keys: list[str] = []
-        while self.clean_path(key := part_key(given.source, given.number, len(keys))).is_file():
-            keys.append(key)
-        return keys
-
-    def all_keys(self) -> list[str]:
-        return [key for given in self.inputs for key in self.part_keys(given)]
 
 
 class Executor(Protocol):
@@ -130,15 +92,15 @@ def prepare(config: DataConfig, output: str | Path, executor: Executor, tell: Te
     """
     tell = tell or (lambda step, done, total, figures: None)
     plan = make_plan(config, output)
-    identity = _identity(plan)
+    identity = identity_of(plan)
     if (plan.output / INDEX).is_file():
         found = read_index(plan.output)
-        _check_same(found["identity"], identity, str(plan.output))
+        check_same(found["identity"], identity, str(plan.output))
         shutil.rmtree(plan.work, ignore_errors=True)
         return {**json.loads((plan.output / REPORT).read_text(encoding="utf-8")), "had_finished": True}
     begun = plan.work / "identity.json"
     if begun.is_file():
-        _check_same(json.loads(begun.read_text(encoding="utf-8")), identity, str(plan.work))
+        check_same(json.loads(begun.read_text(encoding="utf-8")), identity, str(plan.work))
     write_whole(begun, _json(identity))
 
     contamination = read_contamination(config)
@@ -163,15 +125,6 @@ def prepare(config: DataConfig, output: str | Path, executor: Executor, tell: Te
     shutil.rmtree(plan.work, ignore_errors=True)
     tell("write", 1, 1, {"shards": len(report["shards"])})
     return {**report, "had_finished": False}
-
-
-def make_plan(config: DataConfig, output: str | Path) -> Plan:
-    """
-    Raises:
-        ValueError: an input is missing.
-    """
-    inputs = [given for source in config.sources for given in list_inputs(source)]
-    return Plan(config, str(Path(output).expanduser().resolve()), tuple(inputs))
 
 
 def read_contamination(config: DataConfig) -> Contamination:
@@ -314,7 +267,8 @@ def encode_and_write(plan: Plan, key: str, encoder: TextEncoder) -> None:
     """Writes the tokens of a part: of every split one array of documents, each closed by the end of text."""
     source, tokenizer = plan.source(key.rsplit("-", 2)[0]), encoder.tokenizer
     dtype = dtype_for(tokenizer.vocab_size)
-    pieces: dict[str, list[np.ndarray]] = {split: [] for split in _SPLITS}
+    documents: list[tuple[str, str, list[int]]] = []
+    """Split, text, and the tokens that close it."""
     bytes_of = dict.fromkeys(_SPLITS, 0)
     with np.load(plan.work / "kept.npz") as kept:
         alive = kept[key].tolist()
@@ -327,9 +281,12 @@ def encode_and_write(plan: Plan, key: str, encoder: TextEncoder) -> None:
         for start, end in stretches:
             piece = text[start:end].strip()
             closing = [] if verdict is None else [tokenizer.verdict_id(verdict)]
-            pieces[split].append(encoder.encode(piece).astype(dtype))
-            pieces[split].append(np.array([*closing, tokenizer.eos_id], dtype))
+            documents.append((split, piece, [*closing, tokenizer.eos_id]))
             bytes_of[split] += len(piece.encode())
+    pieces: dict[str, list[np.ndarray]] = {split: [] for split in _SPLITS}
+    encoded = encoder.encode_all(text for _, text, _ in documents)
+    for (place, _, closing), tokens in zip(documents, encoded, strict=True):
+        pieces[place] += [tokens.astype(dtype), np.array(closing, dtype)]
     arrays = {split: np.concatenate([np.zeros(0, dtype), *pieces[split]]) for split in _SPLITS}
     arrays["bytes"] = np.array([bytes_of[split] for split in _SPLITS], np.int64)
     _write_arrays(plan.tokens_path(key), arrays)
@@ -431,44 +388,7 @@ def _load(plan: Plan, key: str, name: str) -> np.ndarray:
         return np.asarray(arrays[name])
 
 
-# --------------------------------------------------------------------------------------------------------- identity
-
-
-def _identity(plan: Plan) -> dict[str, Any]:
-    """What decides the shards: settings and inputs."""
-    settings = plan.config.model_dump(mode="json", exclude={"output"})
-    tokenizer = plan.config.tokenizer.path
-    return {
-        "settings": settings,
-        "inputs": [asdict(given) for given in plan.inputs],
-        "tokenizer": None if tokenizer is None else Tokenizer.adopt(tokenizer).fingerprint,
-    }
-
-
-def _check_same(found: Any, asked: Any, where: str) -> None:
-    """
-    Raises:
-        ValueError: the two differ; the first difference is named.
-    """
-    difference = _difference(found, json.loads(json.dumps(asked)), "")
-    if difference is not None:
-        raise ValueError(
-            f"{where} was begun with {difference[0]} = {difference[1]!r:.80}; now it is {difference[2]!r:.80}; "
-            "allowed: the same settings and inputs, another output, or --fresh"
-        )
-
-
-def _difference(found: Any, asked: Any, place: str) -> tuple[str, Any, Any] | None:
-    if isinstance(found, dict) and isinstance(asked, dict):
-        pairs = [(str(key), found.get(key), asked.get(key)) for key in dict.fromkeys([*asked, *found])]
-    elif isinstance(found, list) and isinstance(asked, list) and len(found) == len(asked):
-        pairs = [(str(number), *pair) for number, pair in enumerate(zip(found, asked, strict=True))]
-    else:
-        return None if found == asked else (place, found, asked)
-    for name, left, right in pairs:
-        if left != right:
-            return _difference(left, right, f"{place}.{name}" if place else name)
-    return None
+# ------------------------------------------------------------------------------------------------------------ tools
 
 
 @contextmanager

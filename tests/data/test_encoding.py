@@ -72,6 +72,13 @@ def test_a_full_table_begins_anew(monkeypatch):
     assert encoder.encode("").tolist() == []
 
 
+def test_many_texts_together_are_encoded_one_by_one(monkeypatch):
+    monkeypatch.setattr(encoding, "_TOGETHER", 50)
+    texts = ["", *TEXTS, "", TEXTS[0]]
+    found = [tokens.tolist() for tokens in TextEncoder(OWN).encode_all(texts)]
+    assert found == [OWN.encode(text) if text else [] for text in texts]
+
+
 def test_a_tokenizer_that_splits_otherwise_encodes_whole_texts(tmp_path):
     newline = pre_tokenizers.Sequence(
         [
