@@ -189,6 +189,8 @@ def _cluster(facts: Facts) -> Iterator[Finding]:
         mend = "unset RAY_ADDRESS, or start a head there: ray start --head"
         if "allowed: the same versions" in facts.cluster_problem:
             mend = "install here what the cluster runs, or there what this is"
+        elif "token" in facts.cluster_problem:
+            mend = "copy the cluster's token to ~/.ray/auth_token, export RAY_AUTH_MODE=token"
         yield Finding("cluster", "address", State.MISSING, facts.cluster_problem, mend)
         return
     total = {name: sum(node.resources.get(name, 0.0) for node in facts.cluster) for name in ("CPU", "GPU")}

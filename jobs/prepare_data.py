@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.command import JsonOption, Progress, SeedOption, SetOption, commit, describe, run, write_result
+from jobs.storage import StoragePath
 
 if TYPE_CHECKING:
     from crsm.data.decontamination import Contamination
@@ -67,7 +68,7 @@ def main(
 
     settings = load_data_config(config, overrides or (), seed)
     folder = output or Path(settings.output or f"runs/data/{settings.name}")
-    check_folder(folder)
+    StoragePath.of(folder).check_writable()
     if fresh:
         remove_output(folder)
     started = time.perf_counter()
@@ -82,17 +83,6 @@ def main(
     print(f"{read / 1e6:,.1f} MB of text, {tokens:,} tokens, {had} -> {folder}", file=sys.stderr)
     figures = {"output": folder, "seconds": seconds, "text_bytes": read, "bytes_per_second": read / seconds}
     write_result("prepare_data", settings, settings.seed, {**figures, **report}, json)
-
-
-def check_folder(folder: Path) -> None:
-    """Makes the folder and writes into it, now and not after an hour.
-
-    Raises:
-        OSError: naming the folder.
-    """
-    from jobs.runs import check_writable
-
-    check_writable(folder)
 
 
 def remove_output(folder: Path) -> None:

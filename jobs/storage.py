@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jobs import object_store
 
 if TYPE_CHECKING:
-    import pyarrow.fs  # type: ignore[import-untyped]
+    import pyarrow.fs
 
 T = TypeVar("T")
 

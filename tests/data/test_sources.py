@@ -38,8 +38,8 @@ def read(source):
     ("name", "content"),
     [
         ("a.jsonl", LINES),
-        ("a.jsonl.gz", gzip.compress(LINES)),
-        ("a.jsonl.gz", gzip.compress(LINES[:20]) + gzip.compress(LINES[20:])),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
+        ("a.jsonl.gz", gzip.compress(LINES[:20], mtime=0) + gzip.compress(LINES[20:], mtime=0)),
         ("a.jsonl.zst", zstd(LINES)),
         ("a.jsonl.zst", zstd(LINES[:20]) + zstd(LINES[20:])),
         ("a.json", json.dumps([{"text": text} for text in TEXTS]).encode()),
@@ -82,7 +82,7 @@ def test_a_line_that_is_not_json_and_a_record_without_text_are_named_and_the_res
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl.gz", gzip.compress(LINES)[:-10], "cannot be decompressed, or is cut short"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-10], "cannot be decompressed, or is cut short"),
         ("a.jsonl.gz", b"not gzip", "cannot be decompressed"),
         ("a.jsonl.zst", zstd(LINES)[:-4], "cannot be decompressed, or is cut short"),
         ("a.txt", b"\xff\xfe", "is not UTF-8 at byte 0"),

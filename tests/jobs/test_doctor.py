@@ -92,6 +92,7 @@ def test_where_all_is_well_nothing_is_to_be_mended():
         (REMOTE, "address", "ok", "10.0.0.1:6379: 2 nodes, 12 CPU, 1 GPU", ""),
         (REMOTE | {"workers": 13}, "address", "missing", "train.workers = 13 asks 13 CPU", "train.workers=N"),
         (REMOTE | {"workers": 2, "needs_gpu": True}, "address", "missing", "asks 2 GPU", "more nodes"),
+        (REMOTE | {"cluster_problem": "refuses the token"}, "address", "missing", "refuses", "~/.ray/auth_token"),
         (REMOTE | {"cluster_problem": "nobody answers"}, "address", "missing", "nobody answers", "unset RAY_ADDRESS"),
         (
             REMOTE | {"cluster_problem": "Ray 2; allowed: the same versions"},
