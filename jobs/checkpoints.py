@@ -48,9 +48,10 @@ def load_with_settings(
     """
     from crsm.model import load_checkpoint, use_settings
     from jobs.command import commit
+    from jobs.runs import local_copy
 
     commit()  # of the code that starts; it may be another by the time the result is written
-    checkpoint = load_checkpoint(name)
+    checkpoint = load_checkpoint(local_copy(name) if "://" in str(name) else name)
     use_settings(checkpoint, merge_settings(checkpoint.config, config, overrides, seed))
     return checkpoint
 

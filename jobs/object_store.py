@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pyarrow.fs
 
 SCHEMES = ("s3", "gs")
-OPTIONS = ("endpoint_override", "region", "scheme")
+OPTIONS = ("endpoint_override", "region", "scheme", "anonymous")
 """What may stand behind the ``?`` of a path."""
 PATIENCE = 30.0
 """Seconds after which a storage that does not answer is given up when it is checked."""
@@ -54,14 +54,18 @@ def connect(scheme: str, query: str, bucket: str) -> pyarrow.fs.FileSystem:
 
     options = dict(urllib.parse.parse_qsl(query))
     endpoint, region = options.get("endpoint_override"), options.get("region")
+    anonymous = options.get("anonymous") == "true"
     if scheme == "gs":
         where = {"endpoint_override": endpoint, "scheme": options.get("scheme")}
         return fs.GcsFileSystem(
-            retry_time_limit=timedelta(seconds=PATIENCE), **{name: value for name, value in where.items() if value}
+            anonymous=anonymous,
+            retry_time_limit=timedelta(seconds=PATIENCE / 2),
+            **{name: value for name, value in where.items() if value},
         )
     if region is None:
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     return fs.S3FileSystem(
+        anonymous=anonymous,
         region=region or fs.resolve_s3_region(bucket),
         endpoint_override=endpoint,
         scheme=options.get("scheme", "https"),
@@ -73,13 +77,15 @@ def connect(scheme: str, query: str, bucket: str) -> pyarrow.fs.FileSystem:
 
 
 _REASONS = (
-    (r"NO_SUCH_BUCKET|bucket .* (does not exist|not found)", errno.ENOENT, "no such bucket"),
+    (r"NO_SUCH_BUCKET|bucket .* (does not exist|not found)|NOT_FOUND.*=CreateResumableUpload", errno.ENOENT,
+     "no such bucket"),
     (r"INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT|INVALID_CLIENT_TOKEN_ID|InvalidAccessKeyId",
      errno.EACCES, "the credentials are refused"),
     (r"EXPIRED_TOKEN|ExpiredToken|RequestExpired", errno.EACCES, "the credentials have expired"),
     (r"MISSING_AUTHENTICATION_TOKEN|UNAUTHENTICATED|[Cc]ould not find .*credentials|NoCredentials", errno.EACCES,
      "there are no credentials"),
-    (r"ACCESS_DENIED|HTTP status 403|PERMISSION_DENIED|AccessDenied", errno.EACCES, "the credentials may not do this"),
+    (r"ACCESS_DENIED|HTTP status 403|PERMISSION_DENIED|AccessDenied", errno.EACCES,
+     "there are no credentials, or they may not do this"),
     (r"NETWORK_CONNECTION|curlCode|UNAVAILABLE|REQUEST_TIMEOUT|[Cc]onnection refused", errno.EHOSTUNREACH,
      "no server answers"),
 )  # fmt: skip

@@ -132,8 +132,10 @@ class StoragePath:
             names = os.listdir(self.path) if os.path.isdir(self.path) else []
         else:
             with self._named_errors():
-                names = [posixpath.basename(info.path) for info in self._infos(recursive=False)]
-        return [self / name for name in sorted(names)]
+                # Google's has no folders but those that somebody made: they are in the names of what lies below them.
+                infos = self._infos(recursive=self.scheme == "gs")
+                names = [info.path.removeprefix(self.path).lstrip("/").split("/", 1)[0] for info in infos]
+        return [self / name for name in sorted(set(names))]
 
     # ---------------------------------------------------------------- files
 
@@ -263,9 +265,8 @@ class StoragePath:
         """Moves what is there to the first free ``<name>.old-N``; None: there was nothing."""
         if not self.exists():
             return None
-        taken = {path.name for path in self.parent.iterdir()}
-        free = next(n for n in range(1, 1 << 20) if f"{self.name}.old-{n}" not in taken)
-        target = self.with_name(f"{self.name}.old-{free}")
+        names = (f"{self.name}.old-{n}" for n in range(1, 1 << 20))
+        target = next(path for path in map(self.with_name, names) if not path.exists())
         self.move(target)
         return target
 

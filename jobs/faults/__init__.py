@@ -10,5 +10,6 @@
 ``processes``   the processes of a local Ray, from ``/proc``
 ``load``        clients that keep generations running and have every one checked
 ``campaign``    a generator under load and faults, or under load alone
+``nodes``       nodes that are lost under a training run, and come back
 ==============  ========================================================================================
 """

@@ -25,7 +25,7 @@ def test_a_node_is_lost_in_stage_1_once_there_are_states_and_one_in_stage_3(tmp_
     settings = load_config(CONFIG)
     losses = chaos_training.plan_losses(settings, ["stage_1", "stage_3"], str(tmp_path), notice=6, absence=2)
     assert [(loss.on, loss.notice, loss.absence) for loss in losses] == [(WORKER, 6, 2), (ROLL_OUT, 0, 2)]
-    known = tmp_path / "chaos-disturbed" / "stage_1" / "checkpoint_manager_snapshot.json"
+    known = tmp_path / "chaos_training-disturbed" / "stage_1" / "checkpoint_manager_snapshot.json"
     known.parent.mkdir(parents=True)
     (unannounced,) = chaos_training.plan_losses(settings, ["stage_1"], str(tmp_path), notice=0, absence=2)
     for states, with_notice, without in ((0, False, False), (1, True, False), (2, True, True)):
@@ -59,18 +59,18 @@ def chaos(folder, *args):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=540,
+        timeout=840,
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    lines = (folder / "chaos-disturbed" / "stage_1" / "progress.jsonl").read_text().splitlines()
+    lines = (folder / "chaos_training-disturbed" / "stage_1" / "progress.jsonl").read_text().splitlines()
     said = "\n".join(message["say"] for message in map(json.loads, lines) if "say" in message)
     return json.loads((folder / "out.json").read_text())["results"], said
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_pipeline_that_loses_a_node_in_stage_1_and_one_in_stage_3_ends_with_the_same_losses(tmp_path):
     results, said = chaos(tmp_path)
     assert [(loss["with"], loss["actors"] > 0) for loss in results["lost"]] == [(WORKER, True), (ROLL_OUT, True)]
@@ -81,7 +81,7 @@ def test_a_pipeline_that_loses_a_node_in_stage_1_and_one_in_stage_3_ends_with_th
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_elastic_workers_save_on_notice_become_fewer_and_more_and_end_with_the_same_loss(tmp_path):
     changes = ["train.min_workers=1", "train.resize_seconds=3", "stage_1.batch=64", "stage_1.steps=4000"]
     changes += ["stage_1.checkpoint_every=600", "stage_1.evaluate_every=4000"]

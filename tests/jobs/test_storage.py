@@ -94,7 +94,7 @@ def test_a_local_path_is_absolute(tmp_path, monkeypatch):
         ("ftp://host/a", r"storage = 'ftp://host/a'; allowed: a folder, s3://"),
         ("s3://", r"storage = 's3://'; allowed"),
         ("s3:///a/..", r"storage = 's3:///a/..'; allowed"),
-        ("s3://bucket/a?regoin=eu", r"'regoin'; allowed behind the \?: endpoint_override, region, scheme"),
+        ("s3://bucket/a?regoin=eu", r"'regoin'; allowed behind the \?: endpoint_override, region, scheme, anonymous"),
         ("s3://bucket/a?region=", r"'region'; allowed behind"),
         ("s3://key:secret@bucket/a", "credentials in a path; allowed: in the environment"),
     ],
@@ -304,7 +304,7 @@ class Refusing(http.server.BaseHTTPRequestHandler):
     [
         ("InvalidAccessKeyId", "the credentials are refused"),
         ("SignatureDoesNotMatch", "the credentials are refused"),
-        ("AccessDenied", "the credentials may not do this"),
+        ("AccessDenied", "there are no credentials, or they may not do this"),
         ("ExpiredToken", "the credentials have expired"),
     ],
 )
@@ -328,6 +328,13 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     assert "the storage cannot be written: Not a directory" in refusal(str(tmp_path / "file" / "runs"))
+
+
+def test_a_bucket_of_google_that_is_not_there_is_named():
+    told = (
+        "google::cloud::Status(NOT_FOUND: Permanent error, metadata={gcloud-cpp.retry.function=CreateResumableUpload,"
+    )
+    assert object_store.reason(FileNotFoundError(errno.ENOENT, told)) == (errno.ENOENT, "no such bucket")
 
 
 def test_unknown_errors_keep_their_words():
