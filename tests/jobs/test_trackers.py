@@ -172,12 +172,21 @@ def test_mlflow_without_a_server_needs_a_folder(monkeypatch):
     check_trackers(["mlflow"], "train.trackers", local=False)
 
 
-def test_wandb_without_a_key_is_refused_before_it_asks_for_one(monkeypatch):
+def test_wandb_without_a_key_is_refused_before_it_asks_for_one(monkeypatch, tmp_path):
     pytest.importorskip("wandb")
     check_trackers(["wandb"], "train.trackers")  # offline
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(ValueError, match=r"no API key here; allowed: wandb login, WANDB_API_KEY, or WANDB_MODE=offli"):
         check_trackers(["wandb"], "train.trackers")
+    (tmp_path / "netrc").write_text(
+        "machine api.wandb.ai login user password " + "0" * 40
+    )  # as `wandb login` leaves it
+    check_trackers(["wandb"], "train.trackers")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    with pytest.raises(ValueError, match="no API key here"):
+        check_trackers(["wandb"], "train.trackers")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    check_trackers(["wandb"], "train.trackers")
 
 
 class Broken:
