@@ -217,7 +217,10 @@ class WeightsAndBiases:
         pass  # another process writes
 
     def close(self) -> None:
+        import wandb
+
         self._run.finish()
+        wandb.teardown()  # the process that writes has written when it has ended, not before
 
 
 class MLflow:
