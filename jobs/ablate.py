@@ -86,6 +86,7 @@ def main(
     from jobs.ablation.sweep import read_records
     from jobs.trackers import check_trackers
 
+    output_place(output, DEFAULT_OUTPUT)  # one that is no place is known at once
     sweep = prepare(config, overrides or [], seed, checkpoint)
     folder = output_place(output, DEFAULT_OUTPUT / sweep.ablation.name)
     check_trackers(sweep.ablation.trackers, "ablation.trackers", folder.local is not None)

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import netrc
 import os
 import shutil
 import tempfile
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -93,11 +95,16 @@ def check_trackers(names: Sequence[str], setting: str, local: bool = True) -> No
 
 def _asks_for_key() -> bool:
     """Whether W&B would ask somebody at a terminal."""
-    if os.environ.get("WANDB_MODE", "online") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_MODE", "online") not in ("online", "shared", "run"):
         return False
-    import wandb
-
-    return not wandb.api.api_key
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return False
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    path = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
+    try:
+        return netrc.netrc(path).authenticators(host) is None  # where `wandb login` keeps it
+    except (OSError, netrc.NetrcParseError):
+        return True
 
 
 def read_ids(text: str | None, names: Sequence[str]) -> dict[str, str]:
@@ -210,7 +217,10 @@ class WeightsAndBiases:
         pass  # another process writes
 
     def close(self) -> None:
+        import wandb
+
         self._run.finish()
+        wandb.teardown()  # the process that writes has written when it has ended, not before
 
 
 class MLflow:

@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import time
 
 import pytest
 
@@ -67,11 +68,19 @@ def records(path):
             parts = b""
 
 
+def next_second():
+    """W&B names its folders by the second: two starts of a run are never in the same one."""
+    now = int(time.time())
+    while int(time.time()) == now:
+        time.sleep(0.01)
+
+
 def test_wandb_offline_holds_the_figures_and_goes_on_with_the_same_run(tmp_path):
     pytest.importorskip("wandb")
     ids = read_ids(None, ["wandb"])
     again = track("wandb", tracked(tmp_path, ids=ids), [(1, {"loss": 4.0}), (2, {"loss": 3.0, "lr": 0.5})])
     assert again == ids
+    next_second()
     track("wandb", tracked(tmp_path, ids=again, step=2), [(3, {"loss": 2.0})])
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{ids['wandb']}/run-{ids['wandb']}.wandb"))
     assert files, list((tmp_path / "wandb").iterdir())
@@ -147,6 +156,7 @@ def test_a_stage_keeps_the_ids_of_its_runs_beside_its_states(tmp_path):
     stage = StoragePath.of(tmp_path / "nano" / "stage_1")
     StageTrackers(["wandb"], stage, {}, 0, pytest.fail).close()
     (run_id,) = json.loads((stage / "trackers.json").read_text()).values()
+    next_second()
     StageTrackers(["wandb"], stage, {}, 5, pytest.fail).close()
     assert json.loads((stage / "trackers.json").read_text()) == {"wandb": run_id}
     assert {path.name.rpartition("-")[2] for path in (tmp_path / "nano" / "wandb").glob("offline-run-*")} == {run_id}
@@ -172,12 +182,21 @@ def test_mlflow_without_a_server_needs_a_folder(monkeypatch):
     check_trackers(["mlflow"], "train.trackers", local=False)
 
 
-def test_wandb_without_a_key_is_refused_before_it_asks_for_one(monkeypatch):
+def test_wandb_without_a_key_is_refused_before_it_asks_for_one(monkeypatch, tmp_path):
     pytest.importorskip("wandb")
     check_trackers(["wandb"], "train.trackers")  # offline
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(ValueError, match=r"no API key here; allowed: wandb login, WANDB_API_KEY, or WANDB_MODE=offli"):
         check_trackers(["wandb"], "train.trackers")
+    (tmp_path / "netrc").write_text(
+        "machine api.wandb.ai login user password " + "0" * 40
+    )  # as `wandb login` leaves it
+    check_trackers(["wandb"], "train.trackers")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    with pytest.raises(ValueError, match="no API key here"):
+        check_trackers(["wandb"], "train.trackers")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    check_trackers(["wandb"], "train.trackers")
 
 
 class Broken:
