@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 _TOKEN_HELP = (
     "allowed: RAY_AUTH_MODE=token and the cluster's token in ~/.ray/auth_token, in the file that RAY_AUTH_TOKEN_PATH "
@@ -46,12 +48,41 @@ def ask(address: str, timeout: float) -> str | None:
         try:
             stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
             stub.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=timeout)
+            return _version_problem(_metadata(channel, timeout))
         finally:
             channel.close()
     except AuthenticationError:
         return f"RAY_AUTH_MODE is token and there is none; {_TOKEN_HELP}"
     except grpc.RpcError as error:
         return _explain(error.code().name, error.details() or "")
+
+
+def _metadata(channel: Any, timeout: float) -> dict[str, Any]:
+    """What a head says of its cluster; empty if it says nothing yet."""
+    from ray._common.usage.usage_constants import CLUSTER_METADATA_KEY
+    from ray._private.ray_constants import KV_NAMESPACE_CLUSTER
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    stub = gcs_service_pb2_grpc.InternalKVGcsServiceStub(channel)
+    asked = gcs_service_pb2.InternalKVGetRequest(namespace=KV_NAMESPACE_CLUSTER, key=CLUSTER_METADATA_KEY)
+    reply = stub.InternalKVGet(asked, timeout=timeout)
+    return dict(json.loads(reply.value)) if reply.value else {}
+
+
+def _version_problem(metadata: dict[str, Any]) -> str | None:
+    """What Ray would refuse after joining; None: the versions fit."""
+    from ray._private.utils import check_version_info, compute_version_info
+
+    if not {"ray_version", "python_version"} <= set(metadata):
+        return None
+    try:
+        check_version_info(metadata, "")
+    except RuntimeError:
+        ray_version, python_version = compute_version_info()
+        return (
+            f"the cluster runs Ray {metadata['ray_version']} and Python {metadata['python_version']}, this is Ray "
+            f"{ray_version} and Python {python_version}; allowed: the same versions"
+        )
     return None
 
 

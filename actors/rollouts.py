@@ -4,6 +4,7 @@ Invariants:
 
 * a job says everything that decides its records; which actor does it, and after how many deaths, changes nothing;
 * the work of a dead actor is given to another, a bounded number of times; an error *in* a job is the caller's;
+* only an actor that has started is given work: where a lost node leaves no room for all, the others do it;
 * records are plain data, in the order of the jobs.
 """
 
@@ -109,7 +110,7 @@ def run_fleet(
         on_done: called with the number of finished jobs and of deaths.
 
     Raises:
-        RuntimeError: a job was given up after ``MAX_TRIES`` actors died over it.
+        RuntimeError: a job was given up after ``MAX_TRIES`` actors died over it, or as many in a row did not start.
     """
     results: dict[int, list[Record]] = {}
     finished = fleet_results(jobs, start_actor, actors, lambda actor, job: actor.roll_out.remote(job))
@@ -137,35 +138,55 @@ def fleet_results(
         A job's index, its result, and how many actors have died so far.
 
     Raises:
-        RuntimeError: a job was given up after ``MAX_TRIES`` actors died over it.
+        RuntimeError: a job was given up after ``MAX_TRIES`` actors died over it, or as many in a row did not start.
     """
     waiting = deque(range(len(jobs)))
     tries = [0] * len(jobs)
-    idle = [start_actor() for _ in range(min(actors, len(jobs)))]
-    running: dict[Any, tuple[ActorHandle, int]] = {}
-    deaths = 0
+    idle: list[ActorHandle] = []
+    busy: dict[Any, tuple[ActorHandle, int | Literal["starts", "is asked"]]] = {}
+    """What every actor that is not idle does: a job, or it says that it is there."""
+    done = deaths = failed_starts = 0
+
+    def start() -> None:
+        actor = start_actor()
+        busy[actor.__ray_ready__.remote()] = (actor, "starts")
+
+    for _ in range(min(actors, len(jobs))):
+        start()
     try:
-        while waiting or running:
+        while done < len(jobs):
             while waiting and idle:
                 actor, index = idle.pop(), waiting.popleft()
-                running[call(actor, jobs[index])] = (actor, index)
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            actor, index = running.pop(ready)
+                busy[call(actor, jobs[index])] = (actor, index)
+            (ready,), _ = ray.wait(list(busy), num_returns=1)
+            actor, what = busy.pop(ready)
             try:
-                result = ray.get(ready)
+                answer = ray.get(ready)
             except RayActorError as error:
                 deaths += 1
-                tries[index] += 1
-                if tries[index] >= MAX_TRIES:
-                    raise RuntimeError(f"{jobs[index]}: {MAX_TRIES} actors died over it") from error
+                if what == "starts":
+                    failed_starts += 1
+                    if failed_starts >= MAX_TRIES:
+                        raise RuntimeError(f"{MAX_TRIES} actors in a row died as they started: {error}") from error
+                elif isinstance(what, int):
+                    tries[what] += 1
+                    if tries[what] >= MAX_TRIES:
+                        raise RuntimeError(f"{jobs[what]}: {MAX_TRIES} actors died over it") from error
+                    waiting.appendleft(what)
                 _end(actor)
-                waiting.appendleft(index)
-                idle.append(start_actor())
+                start()
+                while idle:  # they may have gone with the same node; the next job must not find out
+                    actor = idle.pop()
+                    busy[actor.__ray_ready__.remote()] = (actor, "is asked")
             else:
                 idle.append(actor)
-                yield index, result, deaths
+                if isinstance(what, int):
+                    done += 1
+                    yield what, answer, deaths
+                else:
+                    failed_starts = 0
     finally:
-        for actor in [*idle, *(actor for actor, _ in running.values())]:
+        for actor in [*idle, *(actor for actor, _ in busy.values())]:
             _end(actor)
 
 

@@ -47,7 +47,7 @@ class FilesSource(SourceSettings):
 
     kind: Literal["files"] = "files"
     path: str
-    """A file, a folder (all the files below it whose format is known), or a pattern such as ``text/books_*.jsonl.gz``."""
+    """A file, a folder (all files below it whose format is known), or a pattern such as ``text/books_*.jsonl.gz``."""
     format: Literal["auto", "jsonl", "json", "txt", "parquet"] = "auto"
     """``auto``: by the file's name. ``json``: one array of objects. ``txt``: a document per file."""
     field: str = "text"

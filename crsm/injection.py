@@ -57,7 +57,9 @@ def inject(ssm_BHPN: Tensor, write_BHPN: Tensor, alpha_B: Tensor) -> Tensor:
         The new states; a row with α = 0 is bit-identical.
     """
     limit_BH = head_norms(ssm_BHPN)
-    target_BHPN = clip_to_norm(ssm_BHPN + write_BHPN.clamp(-LARGEST_WRITE, LARGEST_WRITE), limit_BH)
+    # The factors of a plan are finite; products of large ones may still meet as ∞ − ∞. No number counts as the largest.
+    cut_BHPN = write_BHPN.nan_to_num(nan=LARGEST_WRITE).clamp(-LARGEST_WRITE, LARGEST_WRITE)
+    target_BHPN = clip_to_norm(ssm_BHPN + cut_BHPN, limit_BH)
     alpha = alpha_B[:, None, None, None]
     blended_BHPN = clip_to_norm(ssm_BHPN + alpha * (target_BHPN - ssm_BHPN), limit_BH)
     return torch.where(alpha > 0, blended_BHPN, ssm_BHPN)

@@ -213,6 +213,8 @@ class Gsm8kConfig(TaskSettings):
     """What is read from the hub. The official test set is for evaluations alone."""
     attempts_path: str | None = None
     """A jsonl of model-made attempts with verdicts (fields ``question``, ``attempt``, ``correct``)."""
+    true_marks: bool = False
+    """Leave out problems with a calculator mark that is false or cannot be read (2 of 7,473 in the training file)."""
     max_tokens: Positive = 256
     """Problems whose text is longer are left out, and counted."""
 
@@ -246,8 +248,8 @@ TaskConfig = Annotated[
 
 class TokenizerConfig(Settings):
     kind: Literal["closed", "bpe", "file"] = "closed"
-    """``closed``: the words of the tasks, nothing else; ``bpe``: byte-level BPE trained on the tasks' text; ``file``: the
-    byte-level BPE of a ``tokenizer.json``, as the preparation of data leaves one beside its shards."""
+    """``closed``: the words of the tasks, nothing else; ``bpe``: byte-level BPE trained on the tasks' text; ``file``:
+    the byte-level BPE of a ``tokenizer.json``, as the preparation of data leaves one beside its shards."""
     path: str | None = None
     """Of the ``file``."""
     vocab_size: Positive = 4096

@@ -43,6 +43,32 @@ class StageConfig(Settings):
     log_every: Positive = 25
 
 
+class TextConfig(Settings):
+    """Open text that stage 1 reads beside its tasks."""
+
+    shards: str
+    """A folder that ``jobs.prepare_data`` has made; its tokenizer must be the model's."""
+    share: Probability = 0.5
+    """Of the rows of a batch."""
+    length: Annotated[int, Field(ge=2)] = 512
+    """Tokens of a row. A document goes on over the end of a row only without what stood before it."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Of the sources, by name; none: as many rows as they have tokens. A source that is not named has none."""
+    verify: bool = True
+    """Whether every shard's hash is compared with the index before training."""
+
+
+class CurriculumPoint(Settings):
+    """What the batches hold at one point of a stage; between two points, shares change evenly."""
+
+    at: Probability
+    """Share of the stage's steps."""
+    share: Probability | None = None
+    """Of text among the rows; None: ``text.share``."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Of tasks and of sources of text, by name; who is not named keeps the weight of its own settings."""
+
+
 class BackboneStageConfig(StageConfig):
     steps: Positive = 5000
     batch: Positive = 64
@@ -56,6 +82,19 @@ class BackboneStageConfig(StageConfig):
     makes them. 0: none."""
     bootstrap_problems: Positive = 1024
     """Training problems at which the bootstrapped model makes an attempt each."""
+    text: TextConfig | None = None
+    curriculum: tuple[CurriculumPoint, ...] = ()
+    """In ascending order; before the first point its shares hold, after the last one the last's. Empty: the weights are
+    the same in all steps."""
+
+    @model_validator(mode="after")
+    def _curriculum_is_possible(self) -> BackboneStageConfig:
+        at = [point.at for point in self.curriculum]
+        if at != sorted(set(at)):
+            raise ValueError(f"curriculum.at = {at}; allowed: ascending, each once")
+        if self.text is None and any(point.share is not None for point in self.curriculum):
+            raise ValueError("curriculum.share without text; allowed: stage_1.text with its shards")
+        return self
 
 
 class DynamicsStageConfig(StageConfig):

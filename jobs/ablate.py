@@ -180,7 +180,7 @@ def measure(sweep: Sweep, folder: StoragePath, done: list[Record]) -> list[Recor
 
     with (
         cluster(ablation.resources),
-        Progress(f"{ablation.name}: {ablation.task}, {total} trials", total) as progress,
+        Progress(f"{ablation.name}: {ablation.task}, {total} trials", total, begun=len(records)) as progress,
     ):
 
         def hear(record: Record) -> None:

@@ -5,6 +5,7 @@
 ``configs/ablate_*.yaml``          those, a sweep and its space (:mod:`jobs.ablation.settings`)
 ``configs/evaluate*.yaml``         those, and how benchmarks are asked (:mod:`jobs.evaluation.settings`)
 ``configs/tune_*.yaml``            those, and a search over a stage's settings (:mod:`jobs.ablation.tuning`)
+``configs/data/*.yaml``            preparations of data (:mod:`crsm.data_config`)
 ``configs/runtime_env.yaml``       the fields of Ray's ``RuntimeEnv``
 ``configs/serve/*.yaml``           Ray Serve's ``ServeDeploySchema``
 ``cluster.yaml``,
@@ -63,6 +64,7 @@ def problems(path: Path, root: Path = ROOT) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         return [describe(error)]
+    from crsm.data_config import load_data_config
     from jobs.checks.kubernetes import manifest_problems
     from jobs.checks.launcher import launcher_problems
     from jobs.checks.ray_files import runtime_env_problems, serve_problems
@@ -87,6 +89,9 @@ def problems(path: Path, root: Path = ROOT) -> list[str]:
                 return list(serve_problems(read_yaml(text)))
             if where.as_posix() == "configs/runtime_env.yaml":
                 return list(runtime_env_problems(read_yaml(text)))
+            if folder == "configs/data":
+                load_data_config(path)
+                return []
             if folder == "configs":
                 return list(_settings(path))
             if folder == "configs/grafana":

@@ -336,6 +336,7 @@ class Progress:
         title: str,
         total: int | None = None,
         *,
+        begun: int = 0,
         stream: TextIO | None = None,
         interval: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
@@ -343,10 +344,11 @@ class Progress:
         """
         Args:
             total: None where the end is not known.
+            begun: done before, by an earlier start: no measure of how fast this one is.
             stream: default: standard error.
             interval: seconds between plain lines; the first and the last state are always shown.
         """
-        self.title, self.total = title, total
+        self.title, self.total, self.begun = title, total, begun
         self._stream, self._interval, self._clock = stream or sys.stderr, interval, clock
         self._started = self._shown_at = clock()
         self._line: str | None = None
@@ -370,7 +372,7 @@ class Progress:
                 progress.TextColumn("{task.fields[figures]}", markup=False),
                 console=Console(file=self._stream),
             )
-            self._task = self._bar.add_task(self.title, total=self.total, figures="")
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.begun, figures="")
             self._bar.start()
         return self
 
@@ -390,8 +392,8 @@ class Progress:
         now = self._clock()
         elapsed = now - self._started
         parts = [f"{self.title}: {done}" + ("" if self.total is None else f"/{self.total}"), f"{elapsed:.0f} s"]
-        if self.total is not None and 0 < done < self.total:
-            parts.append(f"about {elapsed / done * (self.total - done):.0f} s left")
+        if self.total is not None and self.begun < done < self.total:
+            parts.append(f"about {elapsed / (done - self.begun) * (self.total - done):.0f} s left")
         self._line = ", ".join([*parts, *([text] if text else [])])
         if not self._any_shown or now - self._shown_at >= self._interval:
             self._print(self._line)

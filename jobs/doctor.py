@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from crsm.config import Config
+    from jobs.storage import StoragePath
 
 GB = 1 << 30
 PORTS = {6379: "head of a cluster", 8265: "Ray's dashboard, job submit", 8000: "crsm serve"}
@@ -96,6 +97,7 @@ class Facts:
     cluster: tuple[Node, ...]
     cluster_problem: str | None
     storage_problem: str | None
+    trackers_problem: str | None
     workers: int
     needs_gpu: bool
 
@@ -167,8 +169,11 @@ def _machine(facts: Facts) -> Iterator[Finding]:
         yield _finding("machine", f"disk at {path}", free >= 5 * GB, f"{free / GB:.0f} GB free", f"make room at {path}")
     yield _finding("machine", "open files", facts.open_files >= 8192, str(facts.open_files), "ulimit -n 65536")
     if facts.storage_problem:
-        mend = "--set train.storage_path=DIR, a folder that can be written"
+        mend = "--set train.storage_path=PLACE, one that can be written"
         yield Finding("machine", "storage", State.MISSING, facts.storage_problem, mend)
+    if facts.trackers_problem:
+        found, _, mend = facts.trackers_problem.partition("; allowed: ")
+        yield Finding("machine", "trackers", State.MISSING, found, mend)
 
 
 def _cluster(facts: Facts) -> Iterator[Finding]:
@@ -182,6 +187,10 @@ def _cluster(facts: Facts) -> Iterator[Finding]:
         return
     if facts.cluster_problem:
         mend = "unset RAY_ADDRESS, or start a head there: ray start --head"
+        if "allowed: the same versions" in facts.cluster_problem:
+            mend = "install here what the cluster runs, or there what this is"
+        elif "token" in facts.cluster_problem:
+            mend = "copy the cluster's token to ~/.ray/auth_token, export RAY_AUTH_MODE=token"
         yield Finding("cluster", "address", State.MISSING, facts.cluster_problem, mend)
         return
     total = {name: sum(node.resources.get(name, 0.0) for node in facts.cluster) for name in ("CPU", "GPU")}
@@ -217,15 +226,23 @@ def _tools(facts: Facts) -> Iterator[Finding]:
 # ------------------------------------------------------------------------------------------------------------ looking
 
 
-def look(settings: Config) -> Facts:
-    """Asks this machine, and the cluster that ``RAY_ADDRESS`` names."""
+def look(settings: Config, address: str | None = None) -> Facts:
+    """Asks this machine, and a cluster: that of ``address``, else of ``RAY_ADDRESS``."""
+    from jobs.storage import StoragePath
+
     torch_version, torch_cuda, gpus, gpu_kernels = _torch()
     native, native_runs = _native()
-    address = os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS")
     address = None if address in (None, "", "local") else address
     nodes, problem = ((), None) if address is None else ask_cluster(address)
     token, is_open = _token_source()
-    storage = Path(settings.train.storage_path).expanduser()
+    try:
+        place = StoragePath.of(settings.train.storage_path)
+        local = place.local
+        storage_wrong = storage_problem(local) if local is not None else bucket_problem(place)
+    except ValueError as error:
+        local, storage_wrong = None, str(error)
+    paths = (_existing(local or Path("/")), os.environ.get("RAY_TMPDIR", "/tmp"))
     return Facts(
         python=sys.version_info[:3],
         packages=tuple(_packages()),
@@ -242,7 +259,7 @@ def look(settings: Config) -> Facts:
         cores=len(os.sched_getaffinity(0)),
         memory=_available_memory(),
         shared_memory=_free("/dev/shm"),
-        disk={path: _free(path) for path in dict.fromkeys((_existing(storage), os.environ.get("RAY_TMPDIR", "/tmp")))},
+        disk={path: _free(path) for path in dict.fromkeys(paths)},
         open_files=_open_files(),
         ports={port: port_is_free(port) for port in PORTS},
         auth_mode=os.environ.get("RAY_AUTH_MODE"),
@@ -251,7 +268,8 @@ def look(settings: Config) -> Facts:
         address=address,
         cluster=nodes,
         cluster_problem=problem,
-        storage_problem=storage_problem(storage),
+        storage_problem=storage_wrong,
+        trackers_problem=trackers_problem(settings, local is not None),
         workers=settings.train.workers,
         needs_gpu=settings.train.use_gpu,
     )
@@ -386,6 +404,25 @@ def storage_problem(storage: Path) -> str | None:
             return None
     except OSError as error:
         return f"{folder} cannot be written: {error.strerror}"
+
+
+def bucket_problem(place: StoragePath) -> str | None:
+    """Why runs cannot be written there; an empty object is written and deleted."""
+    try:
+        place.check_writable()
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def trackers_problem(settings: Config, local: bool) -> str | None:
+    from jobs.trackers import check_trackers
+
+    try:
+        check_trackers(settings.train.trackers, "train.trackers", local)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------- reporting

@@ -1,14 +1,15 @@
 """Text into shards of tokens on Ray Data: cleaned, without duplicates, and without what models are evaluated on.
 
-:mod:`crsm.data.preparation` says what is done; here it is spread over a cluster. One task reads an input and streams its
-parts, others clean them; later others encode them. A part is small, and no more of them are under way than there are
-workers, so memory does not grow with the data. Tasks hand back counts: what they make are files in the output folder,
-which every node must see.
+:mod:`crsm.data.preparation` says what is done; here it is spread over a cluster. One task reads an input and streams
+its parts, others clean them; later others encode them. A part is small, and only as many are under way as the object
+store has room for, so memory does not grow with the data. Tasks hand back counts: what they make are files in the
+output folder, which every node must see.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import shutil
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.command import JsonOption, Progress, SeedOption, SetOption, commit, describe, run, write_result
+from jobs.storage import StoragePath
 
 if TYPE_CHECKING:
     from crsm.data.decontamination import Contamination
@@ -37,7 +39,7 @@ WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, metavar="INTEGER", help="Parts at a time; the machine's cores.")
 ]
 FreshOption = Annotated[
-    bool, typer.Option("--fresh/--resume", help="Put aside what the output holds and start anew, or go on with it.")
+    bool, typer.Option("--fresh/--resume", help="Remove what the output holds and start anew, or go on with it.")
 ]
 
 OBJECT_STORE_PER_WORKER = 96 << 20
@@ -66,9 +68,9 @@ def main(
 
     settings = load_data_config(config, overrides or (), seed)
     folder = output or Path(settings.output or f"runs/data/{settings.name}")
-    check_folder(folder)
+    StoragePath.of(folder).check_writable()
     if fresh:
-        put_aside(folder)
+        remove_output(folder)
     started = time.perf_counter()
     from crsm.data.preparation import prepare
 
@@ -83,18 +85,7 @@ def main(
     write_result("prepare_data", settings, settings.seed, {**figures, **report}, json)
 
 
-def check_folder(folder: Path) -> None:
-    """Makes the folder and writes into it, now and not after an hour.
-
-    Raises:
-        OSError: naming the folder.
-    """
-    from jobs.runs import check_writable
-
-    check_writable(folder)
-
-
-def put_aside(folder: Path) -> None:
+def remove_output(folder: Path) -> None:
     """Removes what a preparation left in a folder, and nothing else.
 
     The index goes first: what is left of the rest, should this be stopped, is not taken for finished.
@@ -130,9 +121,14 @@ class RayExecutor:
         data, shared = self._share((plan, contamination))
         blocks = [{"input": pickle.dumps(given)} for given in inputs]
         parts = data.from_items(blocks, override_num_blocks=len(blocks)).flat_map(
-            _read, fn_kwargs=shared, num_cpus=_READ_CPUS, concurrency=min(self.workers, len(inputs))
+            _read,
+            fn_kwargs=shared,
+            num_cpus=_READ_CPUS,
+            compute=data.TaskPoolStrategy(size=min(self.workers, len(inputs))),
         )
-        for row in _rows(parts.map(_clean, fn_kwargs=shared, num_cpus=1, concurrency=self.workers)):
+        for row in _rows(
+            parts.map(_clean, fn_kwargs=shared, num_cpus=1, compute=data.TaskPoolStrategy(size=self.workers))
+        ):
             yield pickle.loads(row)
 
     def encode(self, plan: Plan, keys: list[str]) -> Iterator[str]:
@@ -140,7 +136,9 @@ class RayExecutor:
             return
         data, shared = self._share((plan,))
         parts = data.from_items([{"key": key} for key in keys], override_num_blocks=len(keys))
-        for row in _rows(parts.map(_encode, fn_kwargs=shared, num_cpus=1, concurrency=self.workers)):
+        for row in _rows(
+            parts.map(_encode, fn_kwargs=shared, num_cpus=1, compute=data.TaskPoolStrategy(size=self.workers))
+        ):
             yield row.decode()
 
     def _share(self, value: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
@@ -156,7 +154,6 @@ class RayExecutor:
 @contextlib.contextmanager
 def _session(workers: int) -> Iterator[Any]:
     # Ray Data's own bars and notes would come between ours.
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from actors.cluster import start_ray
 
@@ -164,6 +161,7 @@ def _session(workers: int) -> Iterator[Any]:
     with start_ray(num_cpus=workers + 1, object_store_memory=store):
         import ray.data
 
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -177,7 +175,7 @@ def _rows(dataset: Any) -> Iterator[bytes]:
     Raises:
         ValueError, OSError: a task's; Ray Data would wrap it up in pages of its own.
     """
-    for row in dataset.iter_rows(prefetch_batches=0):
+    for row in dataset.iter_rows():
         if row["error"]:
             kind, message = pickle.loads(row["error"])
             raise kind(message)

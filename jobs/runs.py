@@ -149,8 +149,8 @@ def previous_checkpoint(stage: str, storage: str | Path, name: str) -> StoragePa
         if (path / MARKER).is_file():
             return path
     raise ValueError(
-        f"no checkpoint of {' or '.join(reversed(before))} in {run_folder(storage, name)}; allowed: run one of them "
-        "first, or --checkpoint DIR for another one"
+        f"no checkpoint of {' or '.join(reversed(before))} in {run_folder(storage, name).where}; allowed: run one of "
+        "them first, or --checkpoint DIR for another one"
     )
 
 
@@ -233,11 +233,28 @@ def fingerprint(stage: str, config: Config, source: StoragePath | None, rollouts
         sections |= {"search", "deliberation", "sampling"}
     tree = plain_settings(config, sections)
     tree[stage] = {name: value for name, value in tree[stage].items() if name not in _UNWATCHED}
+    if stage == "stage_1":
+        tree |= data_identity(config)
     if source is not None:
         tree["input checkpoint"] = weights_hash(source)
     if rollouts is not None:
         tree["roll-outs"] = hashlib.sha256(rollouts.read_bytes()).hexdigest()[:16]
     return dict(json.loads(json.dumps(tree)))
+
+
+def data_identity(config: Config) -> dict[str, str]:
+    """What the settings name by a path: the tokens of shards, the entries of a tokenizer."""
+    found = {}
+    if config.stage_1.text is not None:
+        from crsm.data.shards import open_shards
+
+        # Sizes only: workers compare the hashes.
+        found["text shards"] = open_shards(config.stage_1.text.shards, verify=False).identity[:16]
+    if config.tokenizer.path is not None:
+        from crsm.data.tokenizer import Tokenizer
+
+        found["tokenizer file"] = Tokenizer.adopt(config.tokenizer.path).fingerprint[:16]
+    return found
 
 
 def describe_outcome(outcome: Outcome) -> str:
@@ -248,5 +265,5 @@ def describe_outcome(outcome: Outcome) -> str:
     figures = "" if loss is None else f", loss {loss:.4g}"
     return (
         f"{outcome.stage} {how}: {report['steps']} steps in {report['seconds']:.0f} s{figures}, "
-        f"{report['tokens_per_second']:,.0f} tokens/s -> {outcome.checkpoint}"
+        f"{report['tokens_per_second']:,.0f} tokens/s -> {outcome.checkpoint.where}"
     )

@@ -201,13 +201,13 @@ def roll_out_jobs(settings: Config, source: StoragePath, jobs: list[RolloutJob],
     require_resources({"CPU": float(actors)}, f"{title} with stage_3.actors = {actors}")
     threads = settings.train.threads or max(1, core_count() // actors)
 
-    class Actor(RolloutActor):
+    class LocalRolloutActor(RolloutActor):
         """Opens its checkpoint and its data where they lie, or from the copies of its node."""
 
         def __init__(self, source: StoragePath, config: Config, threads: int) -> None:
             super().__init__(str(local_copy(source)), localised(config), threads)
 
-    remote = ray.remote(num_cpus=1)(Actor)
+    remote = ray.remote(num_cpus=1)(LocalRolloutActor)
     with Progress(f"{title} by {actors} actors", len(jobs)) as progress:
         progress.update(0)
 

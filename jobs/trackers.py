@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +43,9 @@ class Tracker(Protocol):
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Figures by name, at a step."""
+
+    def flush(self) -> None:
+        """What is written in files is there when this returns."""
 
     def close(self) -> None:
         """All that was logged is kept when this returns."""
@@ -119,6 +123,10 @@ class Trackers:
         for name, tracker in list(self._trackers.items()):
             self._guarded(name, lambda tracker=tracker: tracker.log(step, figures))  # type: ignore[misc]
 
+    def flush(self) -> None:
+        for name, tracker in list(self._trackers.items()):
+            self._guarded(name, tracker.flush)
+
     def close(self) -> None:
         for name, tracker in list(self._trackers.items()):
             self._guarded(name, tracker.close)
@@ -169,6 +177,9 @@ class TensorBoard:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
 
@@ -194,6 +205,9 @@ class WeightsAndBiases:
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log(dict(figures), step=step)
+
+    def flush(self) -> None:
+        pass  # another process writes
 
     def close(self) -> None:
         self._run.finish()
@@ -229,6 +243,9 @@ class MLflow:
         now = int(time.time() * 1000)
         metrics = [Metric(_mlflow_name(name), float(value), now, step) for name, value in figures.items()]
         self._client.log_batch(self.run_id, metrics=metrics)
+
+    def flush(self) -> None:
+        pass
 
     def close(self) -> None:
         self._client.set_terminated(self.run_id)
@@ -267,6 +284,62 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = value
     return found
+
+
+class StageTrackers:
+    """The trackers of one start of a stage, and Ray's own metrics, which are always told."""
+
+    def __init__(self, names: Sequence[str], place: StoragePath, settings: Mapping[str, Any], step: int, say: Say):
+        """
+        Args:
+            names: the trackers.
+            place: the stage's folder.
+            settings: that the trackers show.
+            step: from which the stage goes on.
+            say: told of a tracker that fails.
+        """
+        from actors.metrics import Counts
+
+        self._counts, self._stage = Counts(place.parent.name), place.name
+        self._run = place.parent
+        # A curve grows, and nothing can be added to an object: it is written here and put there now and then.
+        self._scratch = Path(tempfile.mkdtemp(prefix="crsm-curves-")) if self._run.local is None else None
+        kept = place / IDS_FILE
+        known = read_ids(kept.read_text() if kept.is_file() else None, names)
+        folder = self._run.local or self._scratch
+        assert folder is not None
+        tracked = Tracked(self._run.name, place.name, folder, step, settings, known)
+        self._trackers, ids = open_trackers(names, tracked, say)
+        if ids:
+            kept.write_text(json.dumps(ids) + "\n")
+
+    def log(self, point: Mapping[str, float]) -> None:
+        """The figures of ``point["step"]``."""
+        step = int(point["step"])
+        self._trackers.log(step, {name: value for name, value in point.items() if name != "step"})
+        for name, metric in _METRICS.items():
+            if name in point:
+                self._counts.set(metric, point[name], stage=self._stage)
+
+    def keep(self) -> None:
+        """Puts what was written where the run lies."""
+        if self._scratch is not None:
+            self._trackers.flush()
+            self._run.upload(self._scratch)
+
+    def close(self) -> None:
+        self._trackers.close()
+        if self._scratch is not None:
+            self._run.upload(self._scratch)
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+_METRICS = {
+    "step": "crsm_train_step",
+    "loss": "crsm_train_loss",
+    "lr": "crsm_train_learning_rate",
+    "tokens_per_second": "crsm_train_tokens_per_second",
+}
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.preemption import SaveOnNotice
 from jobs.runs import MARKER, Work, local_copy, localised
 from jobs.storage import StoragePath, fetch
+from jobs.trackers import StageTrackers
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -91,13 +91,9 @@ def _train_and_save(work: Work, board: ActorHandle) -> None:
         started = time.monotonic()
         _report(state, rank, latest)
         notice.saved(time.monotonic() - started)
+        if state.step % stage.settings.checkpoint_every and state.step < stage.settings.steps:
+            reporter.say(f"saved step {state.step}: a node is about to go")
         reporter.keep_curves()
-
-    def save_now() -> bool:
-        due = notice.is_due()
-        if due:
-            reporter.say("saves: a node is about to go")
-        return due
 
     result = run_stage(
         stage,
@@ -109,7 +105,7 @@ def _train_and_save(work: Work, board: ActorHandle) -> None:
         on_log=log,
         on_evaluate=evaluation,
         on_checkpoint=checkpoint,
-        save_now=save_now,
+        save_now=notice.is_due,
     )
     if rank == 0:
         stage.cpu()
@@ -265,60 +261,46 @@ def finite(value: Any) -> Any:
 
 
 class _Reporter:
-    """Curves for TensorBoard, and messages for the driver; silent on all workers but the first."""
+    """Curves for the trackers, and messages for the driver; silent on all workers but the first."""
 
     def __init__(self, work: Work, board: ActorHandle, step: int, active: bool) -> None:
-        self._writer: Any = None
+        self._trackers: StageTrackers | None = None
         self._board = board if active else None
-        self._curves = work.place.parent / "tensorboard" / work.place.name
-        self._folder: Path | None = None
-        if not active:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        # TensorBoard appends, which an object store does not: the file is written here and put there now and then.
-        self._folder = self._curves.local or Path(tempfile.mkdtemp(prefix="crsm-curves-"))
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
+        if active:
+            settings = {"seed": work.config["seed"], work.stage: work.config[work.stage]}
+            self._trackers = StageTrackers(work.config["train"]["trackers"], work.place, settings, step, self.say)
 
     def log(self, point: Point) -> None:
         figures = {"loss": point["loss"], "lr": point["lr"], "tokens/s": point["tokens_per_second"]}
         self._tell({"step": int(point["step"]), **figures})
-        self._scalars(point)
+        if self._trackers is not None:
+            self._trackers.log(point)
 
     def evaluation(self, point: Point) -> None:
         shown = {name: value for name, value in point.items() if name not in ("step", "seconds")}
         text = ", ".join(f"{name.removeprefix('valid/')} {value:.4g}" for name, value in list(shown.items())[:12])
         more = f", and {len(shown) - 12} more" if len(shown) > 12 else ""
         self.say(f"step {int(point['step'])}, held out: {text}{more}")
-        self._scalars(point)
+        if self._trackers is not None:
+            self._trackers.log(point)
 
     def say(self, text: str) -> None:
         self._tell({"say": text})
 
     def keep_curves(self) -> None:
         """Puts them where the run lies."""
-        if self._writer is not None and self._folder is not None and self._curves.local is None:
-            self._writer.flush()
-            self._curves.upload(self._folder)
+        if self._trackers is not None:
+            self._trackers.keep()
 
     def close(self) -> None:
-        if self._writer is None or self._board is None:
+        if self._trackers is None or self._board is None:
             return
         import ray
 
-        self._writer.close()
-        self.keep_curves()
-        if self._folder is not None and self._curves.local is None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._trackers.close()
         # What was told before this has arrived when it has.
         ray.get(self._board.read.remote(0), timeout=30)
 
     def _tell(self, message: dict[str, Any]) -> None:
         if self._board is not None:
             self._board.tell.remote(message)
-
-    def _scalars(self, point: Point) -> None:
-        if self._writer is not None:
-            for name, value in point.items():
-                if name != "step":
-                    self._writer.add_scalar(name, value, int(point["step"]))

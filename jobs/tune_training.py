@@ -124,7 +124,8 @@ def tune_stage(asked: TuningFile, folder: StoragePath) -> list[Trial]:
     need = {"CPU": workers} | ({"GPU": workers} if settings.train.use_gpu else {})
     what = f"a trial of {tuning.stage} with train.workers = {settings.train.workers}"
     require_resources(need, what)
-    with cluster(), Progress(f"{tuning.name}: {tuning.stage}, {len(chosen)} trials", len(chosen)) as progress:
+    title = f"{tuning.name}: {tuning.stage}, {len(chosen)} trials"
+    with cluster(), Progress(title, len(chosen), begun=len(trials)) as progress:
         require_resources(need, what)
         there = ray.cluster_resources()
         if len(ray.nodes()) == 1:  # a small machine says that it has more CPUs than cores

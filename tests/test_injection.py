@@ -78,6 +78,17 @@ def test_a_write_whose_product_overflows_leaves_a_finite_state() -> None:
     assert got.isfinite().all() and (norms_of(got) <= norms_of(state) * (1 + 1e-6)).all()
 
 
+def test_products_that_cancel_beyond_all_numbers_leave_a_finite_state() -> None:
+    """Two finite products of a write overflow with opposite signs: together they are no number."""
+    state = draw(0, 1.0)
+    u = torch.full((2, 2, H * P), 1e30)
+    b = torch.stack([torch.full((2, N), 1e30), torch.full((2, N), -1e30)], dim=1)
+    write = outer_write(u, b, H)
+    assert write.isnan().all()
+    got = inject(state, write, torch.tensor([0.1, 1.0]))
+    assert got.isfinite().all() and (norms_of(got) <= norms_of(state) * (1 + 1e-6)).all()
+
+
 @given(seeds, st.sampled_from([1e-12, 1.0, 1e12]), gates)
 def test_no_write_leaves_the_same_bits(seed: int, scale: float, gate: float) -> None:
     """Injecting a state's own value is a no-op, whatever the gate."""

@@ -84,8 +84,8 @@ def data_card(report: Mapping[str, Any], config: DataConfig) -> str:
     lines += ["## Evaluation sets", ""]
     if report["evaluation_sets"]:
         lines += [
-            f"A section that shares {config.decontamination.ngram} words in a row with one of these was left out; a text "
-            f"shorter than that counts as a whole, from {config.decontamination.min_words} words on.",
+            f"A section that shares {config.decontamination.ngram} words in a row with one of these was left out; a "
+            f"text shorter than that counts as a whole, from {config.decontamination.min_words} words on.",
             "",
             *_table(
                 ("set", "examples", "too short to compare", "sections left out"),

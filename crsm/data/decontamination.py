@@ -1,7 +1,7 @@
 """Overlap of training text with evaluation sets: a unit that holds an n-gram of an evaluation text is left out.
 
-Words are compared case folded and without punctuation. An evaluation text shorter than an n-gram counts as a whole if it
-is not too short to mean anything; how many are, is reported.
+Words are compared case folded and without punctuation. An evaluation text shorter than an n-gram counts as a whole if
+it is not too short to mean anything; how many are, is reported.
 """
 
 from __future__ import annotations

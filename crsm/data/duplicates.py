@@ -1,9 +1,9 @@
 """Exact and near duplicates among the units of a corpus.
 
 Exact ones have the same hash. Near ones are looked for with MinHash: signatures by ``rensa`` (MIT), which is written in
-Rust and takes the hashes of the shingles as they are: 100 times as fast as the rest of the reading; ``datasketch`` hashes
-shingle by shingle in Python. Units whose signatures share a band are compared, and the later of two whose signatures
-agree in the asked share of places goes.
+Rust and takes the hashes of all shingles at once, at some 200 MB of text a second; ``datasketch`` takes them one by one
+in Python. Units whose signatures share a band are compared, and the later of two whose signatures agree in the asked
+share of places goes.
 
 What is kept depends on the order of the units and on nothing else: each is compared with those kept before it.
 """
@@ -97,7 +97,7 @@ def _near(units: np.ndarray, signatures_UP: np.ndarray, config: DuplicatesConfig
 
 def _band_keys(signatures_UP: np.ndarray, bands: int) -> np.ndarray:
     """(U, bands) uint64"""
-    rows_UBr = signatures_UP.reshape(len(signatures_UP), bands, -1).astype(np.uint64)
+    rows_UBr = signatures_UP.reshape(len(signatures_UP), bands, signatures_UP.shape[1] // bands).astype(np.uint64)
     keys = np.zeros(rows_UBr.shape[:2], np.uint64)
     for place in range(rows_UBr.shape[2]):
         keys = (keys ^ rows_UBr[:, :, place]) * _MULTIPLIER

@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def part_key(source: str, given: int, number: int) -> str:
 
 
 def cut_parts(records: Iterable[Document | Broken], source: str, given: int, size: int) -> Iterator[Part]:
-    """An input's records in parts of at least ``size`` characters, the last one excepted; there is always a last one."""
+    """An input's records in parts of at least ``size`` characters but for the last one, which there always is."""
     documents: list[Document] = []
     broken: list[Broken] = []
     number = total = 0
@@ -191,7 +192,7 @@ def write_part(path: Path, part: CleanPart) -> None:
     import pyarrow.parquet as pq
 
     bounds = np.cumsum([0, *map(len, part.ends)]).tolist()
-    pairs = list(zip(bounds[:-1], bounds[1:], strict=True))
+    pairs = list(pairwise(bounds))
     table = pa.table(
         {
             "origin": pa.array(part.origins, pa.string()),
@@ -236,8 +237,7 @@ def read_documents(path: Path) -> Iterator[tuple[str, str, bool | None, list[int
     import pyarrow.parquet as pq
 
     table = pq.read_table(path, columns=["origin", "text", "verdict", "ends"])
-    for row in zip(*(table[name].to_pylist() for name in ("origin", "text", "verdict", "ends")), strict=True):
-        yield row
+    yield from zip(*(table[name].to_pylist() for name in ("origin", "text", "verdict", "ends")), strict=True)
 
 
 def _digest(text: str) -> bytes:

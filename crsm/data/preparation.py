@@ -144,6 +144,7 @@ def prepare(config: DataConfig, output: str | Path, executor: Executor, tell: Te
     contamination = read_contamination(config)
     todo = [given for given in plan.inputs if not _is_clean(plan, given)]
     done = PartCounts()
+    tell("clean", 0, None, {})
     for parts, counts in enumerate(executor.clean(plan, todo, contamination), start=1):
         done.add(counts)
         tell("clean", parts, None, {"MB": done.bytes / 1e6, "documents": done.documents})
@@ -260,10 +261,8 @@ def compare(plan: Plan, keys: list[str]) -> dict[str, Any]:
             if key not in origins:
                 origins[key] = [o for o, _, _, ends in read_documents(plan.clean_path(key)) for _ in ends]
             example[name] = origins[key][unit]
-    buffer = io.BytesIO()
-    np.savez(buffer, **{key: kept[bounds[i] : bounds[i + 1]] for i, key in enumerate(keys)})
     write_whole(told_path, _json(told))
-    write_whole(kept_path, buffer.getbuffer())
+    _write_arrays(kept_path, {key: kept[bounds[i] : bounds[i + 1]] for i, key in enumerate(keys)})
     return told
 
 
@@ -331,10 +330,9 @@ def encode_and_write(plan: Plan, key: str, encoder: TextEncoder) -> None:
             pieces[split].append(encoder.encode(piece).astype(dtype))
             pieces[split].append(np.array([*closing, tokenizer.eos_id], dtype))
             bytes_of[split] += len(piece.encode())
-    buffer = io.BytesIO()
     arrays = {split: np.concatenate([np.zeros(0, dtype), *pieces[split]]) for split in _SPLITS}
-    np.savez(buffer, bytes=np.array([bytes_of[split] for split in _SPLITS], np.int64), **arrays)
-    write_whole(plan.tokens_path(key), buffer.getbuffer())
+    arrays["bytes"] = np.array([bytes_of[split] for split in _SPLITS], np.int64)
+    _write_arrays(plan.tokens_path(key), arrays)
 
 
 # ------------------------------------------------------------------------------------------------------------ write
@@ -422,6 +420,12 @@ def write_output(
     return report
 
 
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
+    write_whole(path, buffer.getbuffer())
+
+
 def _load(plan: Plan, key: str, name: str) -> np.ndarray:
     with np.load(plan.tokens_path(key)) as arrays:
         return np.asarray(arrays[name])
@@ -449,8 +453,8 @@ def _check_same(found: Any, asked: Any, where: str) -> None:
     difference = _difference(found, json.loads(json.dumps(asked)), "")
     if difference is not None:
         raise ValueError(
-            f"{where} was begun with {difference[0]} = {difference[1]!r:.80}; now it is {difference[2]!r:.80}; allowed: the "
-            "same settings and inputs, another output, or --fresh"
+            f"{where} was begun with {difference[0]} = {difference[1]!r:.80}; now it is {difference[2]!r:.80}; "
+            "allowed: the same settings and inputs, another output, or --fresh"
         )
 
 

@@ -17,16 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from crsm.data.tokenizer import Tokenizer
 from crsm.tasks.base import Problem, Split, Task, keyed_rng
 
+if TYPE_CHECKING:
+    from crsm.data.loader import TextLoader
+    from crsm.data.mixture import Mixture
+
 _STRIDE = 1 << 32
 """Distance in a stream of problems from one that is too long to its replacement: farther than any run gets."""
 _MAX_REPLACEMENTS = 1000
+TEXT = -1
+"""In the place of a task's index: rows of text that is no task's."""
 _MAX_REDRAWS = 8
 """Attempts drawn in the place of one that is too long, before the solution takes it."""
 
@@ -66,7 +72,7 @@ class Batch:
     lengths_B: np.ndarray
     """Tokens of a row without its padding. (B,) int64"""
     task_index_B: np.ndarray
-    """(B,) int64"""
+    """``TEXT`` for open text. (B,) int64"""
     step_targets: int
     """Target positions of the whole step, over all tasks and workers."""
     step_values: int
@@ -234,8 +240,10 @@ def training_batch(
     rank: int = 0,
     world: int = 1,
     split: Split = "train",
+    mixture: Mixture | None = None,
+    text: TextLoader | None = None,
 ) -> list[Batch]:
-    """One worker's part of the sequences of a step, one batch per task.
+    """One worker's part of the sequences of a step, one batch per task, and one of open text.
 
     A task's share of the sequences follows its weight, and ``solution_share`` of them hold the solution, spread evenly;
     the others hold an attempt. Tasks whose text is open are packed into rows of ``max_tokens``.
@@ -250,19 +258,33 @@ def training_batch(
         rank: this worker.
         world: number of workers.
         split: another one for held-out losses.
+        mixture: says who has how many of the sequences of the step, instead of ``batch`` and the tasks' weights.
+        text: where the rows of open text come from; with a mixture only.
 
     Raises:
         ValueError: ``batch`` is too small for the tasks or the workers.
     """
+    if mixture is None:
+        counts = dict(zip((task.name for task in tasks), _shares(tasks, batch), strict=True))
+        firsts = {name: step * count for name, count in counts.items()}
+    else:
+        counts, firsts = mixture.counts(step), mixture.firsts(step)
     batches = []
-    for task_index, (task, count) in enumerate(zip(tasks, _shares(tasks, batch), strict=True)):
-        sequences = _sequences(task, tokenizer, settings.solution_share, seed, step, count, split)
+    for task_index, task in enumerate(tasks):
+        count, first = counts[task.name], firsts[task.name]
+        if not count:
+            continue
+        # Where counts change, the even spread of solutions goes on from step to step.
+        spread = 0 if mixture is None else first
+        sequences = _sequences(task, tokenizer, settings.solution_share, seed, step, count, split, first, spread)
         if task.max_tokens is None:
             batches.append(make_batch(sequences, pad_id=tokenizer.pad_id, task_index=task_index))
         else:
             batches.append(
                 pack_batch(sequences, task.max_tokens, pad_id=tokenizer.pad_id, task_index=task_index, all_targets=True)
             )
+    if text is not None and (rows := text.batch(counts, firsts)) is not None:
+        batches.append(rows)
     return _worker_part(batches, rank, world)
 
 
@@ -470,14 +492,25 @@ def _answers(
 
 
 def _sequences(
-    task: Task, tokenizer: Tokenizer, solution_share: float, seed: int, step: int, count: int, split: Split
+    task: Task,
+    tokenizer: Tokenizer,
+    solution_share: float,
+    seed: int,
+    step: int,
+    count: int,
+    split: Split,
+    first: int | None = None,
+    spread: int = 0,
 ) -> list[Sequence]:
+    """``count`` sequences from number ``first`` of the task's stream on (None: ``step`` times ``count``); solutions are
+    spread evenly from number ``spread`` on."""
+    first = step * count if first is None else first
     rng = keyed_rng("sequences", task.name, seed, step, split)
     sequences = []
     for row in range(count):
-        problem = _draw(task, tokenizer, seed, step * count + row, split)
+        problem = _draw(task, tokenizer, seed, first + row, split)
         # Row r holds the solution where the running total of the share passes a whole number: an even spread.
-        is_solution = int((row + 1) * solution_share) > int(row * solution_share)
+        is_solution = int((spread + row + 1) * solution_share) > int((spread + row) * solution_share)
         ((text, correct),) = _answers(task, problem, tokenizer, rng, 1, solution_first=is_solution)
         sequences.append(make_sequence(problem, text, correct, tokenizer, judged=task.has_attempts))
     return sequences

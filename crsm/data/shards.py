@@ -75,7 +75,7 @@ def write_stream(
         whole = np.concatenate(waiting).astype(dtype, copy=False)
         shard, rest = whole[:size], whole[size:]
         name = f"{FOLDER}/{source}-{split}-{len(entries):05d}.bin"
-        data = memoryview(np.ascontiguousarray(shard)).cast("B")
+        data = memoryview(shard.tobytes())
         write_whole(folder / name, data)
         entries.append(
             {

@@ -1,7 +1,7 @@
 """Where text comes from: files, the hub, tasks and recorded solutions, all as streams of documents.
 
-A source has *inputs* (a file, a part of a hub data set, a range of problems) that can be read independently, each in one
-fixed order. What is wrong with a single record is a :class:`Broken` in the stream; what is wrong with a whole input, a
+A source has *inputs* (a file, a hub data set, a range of problems) that can be read independently, each in one fixed
+order. What is wrong with a single record is a :class:`Broken` in the stream; what is wrong with a whole input, a
 ``ValueError``.
 """
 

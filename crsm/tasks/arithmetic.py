@@ -16,7 +16,6 @@ A step that is false makes the answer wrong, whatever it ends in.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Union
 
 import numpy as np
 
@@ -36,7 +35,7 @@ from crsm.tasks.closed import PREAMBLE, ClosedTask, number_of
 from crsm.tasks.countdown import OPERATORS, apply
 from crsm.tasks.gsm8k import final_number
 
-Tree = Union[int, tuple[str, "Tree", "Tree"]]
+Tree = int | tuple[str, "Tree", "Tree"]
 """A number, or an operator with what it is applied to."""
 
 _BINDS = {"+": 1, "-": 1, "*": 2, "//": 2}

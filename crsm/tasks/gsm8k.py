@@ -22,6 +22,7 @@ import numpy as np
 
 from crsm.config import Gsm8kConfig
 from crsm.tasks.base import Attempt, Problem, Split, cut_special, keyed_rng, split_of
+from crsm.tasks.calculator import marks_are_true
 from crsm.tasks.jsonl import field, load_hub, read_jsonl
 
 SAMPLE_PATH = Path(__file__).parent.parent / "assets" / "gsm8k_sample.jsonl"
@@ -51,6 +52,8 @@ class Gsm8k:
         seen: set[str] = set()
         for where, record in _records(config):
             problem = _problem(record, where)
+            if config.true_marks and not marks_are_true(problem.solution):
+                continue
             if problem.key not in seen:
                 seen.add(problem.key)
                 self._problems[problem.split].append(problem)

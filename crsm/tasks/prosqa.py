@@ -18,7 +18,6 @@ import json
 from bisect import bisect_right
 from itertools import accumulate, pairwise
 from math import exp, factorial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from crsm.tasks.base import (
     keyed_bits,
 )
 from crsm.tasks.closed import PATH_PREAMBLE, ClosedTask
+from crsm.tasks.jsonl import read_bytes
 
 _MEAN_PARENTS = 1.7
 _ORPHANS = 0.2
@@ -42,8 +42,8 @@ _DEPTH_WEIGHT = 1.5
 """How much likelier a node of one more level is to become a parent."""
 _APART = 0.35
 """Share of nodes that do not descend from the second node, and the same of the first."""
-_FAR = 0.6
-"""Share of problems whose distance is drawn uniformly, and not among targets."""
+_FAR = 0.7
+"""Share of problems that ask for one of the farthest targets, and not for any."""
 _MAX_PARENTS = 8
 
 _UNIT = 2.0**-64
@@ -173,10 +173,9 @@ class Prosqa(ClosedTask):
         return Problem(self.name, split, prompt, self._answer([str(node) for node in path]), question.key, data)
 
     def _read_file(self, path: str) -> list[Problem]:
+        content = read_bytes(path)
         try:
-            records = json.loads(Path(path).read_bytes())
-        except OSError as error:
-            raise ValueError(f"{path!r} cannot be read: {error.strerror}") from error
+            records = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path!r} is not JSON: {error}") from error
         if not isinstance(records, list) or not records:
@@ -240,7 +239,7 @@ def _grow(config: ProsqaConfig, random_bits: list[int]) -> Question | None:
                 if kind == 2 or not of & (2, 1)[kind]:
                     nodes.append(node)
                     sums.append(sums[-1] + weight)
-        return _ask(config, edges, descent, next(bits), next(bits), next(bits), next(bits))
+        return _ask(config, edges, descent, next(bits), next(bits), next(bits))
     except StopIteration:
         return None
 
@@ -270,10 +269,10 @@ def _ask(config: ProsqaConfig, edges: Edges, descent: list[int], *bits: int) -> 
         return None
     pairs = [pair for steps in sorted(found) for pair in found[steps]]
     if bits[0] * _UNIT < _FAR:
-        pairs = found[sorted(found)[bits[1] % len(found)]]
-    root, target = pairs[bits[2] % len(pairs)]
+        pairs = found[max(found)]
+    root, target = pairs[bits[1] % len(pairs)]
     others = [number[node] for node in used[2:] if descent[node] == 2 - root and not children[number[node]]]
-    return Question(edges, root, target, others[bits[3] % len(others)])
+    return Question(edges, root, target, others[bits[2] % len(others)])
 
 
 def _question(record: Any, where: str, labels: int) -> Question:

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jobs.runs import run_folder
+from jobs.runs import storage_root
 from jobs.storage import StoragePath
 
 SWEEP_FILE = "sweep.json"
@@ -38,13 +38,7 @@ def output_place(output: str | None, default: Path) -> StoragePath:
     Raises:
         ValueError: it is no place, or one that is deleted with a submitted job.
     """
-    given = output or str(default)
-    if "://" in given:
-        return StoragePath.of(given)
-    path = Path(given).expanduser()
-    if path.name in ("", ".", ".."):
-        path = path.resolve()
-    return StoragePath.of(run_folder(path.parent, path.name))
+    return storage_root(output or default)
 
 
 def open_folder(folder: StoragePath, asked: Mapping[str, Any], resume: bool) -> None:

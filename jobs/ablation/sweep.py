@@ -201,9 +201,11 @@ def run_optuna(
     on_record: Callable[[Record], None],
 ) -> None:
     """Lets Optuna choose points, each measured with every seed; it is told the means, those of ``done`` too."""
+    import optuna
     from ray.tune.search import Repeater
     from ray.tune.search.optuna import OptunaSearch
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     complete, _ = complete_points(done, settings.seeds)
     # Another seed after an interruption: the points that were drawn before are not drawn again.
     searcher = OptunaSearch(metric=METRIC, mode="max", seed=seed + len(complete))

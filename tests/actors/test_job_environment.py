@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from actors.job_environment import as_no_submitted_job, check_imported_code, code_version, working_directory
-from actors.reachability import _explain, check_address
+from actors.reachability import _explain, _version_problem, check_address
 
 
 @pytest.fixture
@@ -97,3 +97,17 @@ def test_an_address_of_no_cluster_is_one_line(address: str, said: str) -> None:
 
 def test_what_is_unknown_is_passed_on_in_one_line() -> None:
     assert _explain("INTERNAL", "a\nb") == "INTERNAL: a b"
+
+
+def test_a_cluster_of_another_version_is_one_line_before_it_is_joined() -> None:
+    import platform
+
+    import ray
+
+    own = {"ray_version": ray.__version__, "python_version": platform.python_version()}
+    assert _version_problem(own) is None and _version_problem({}) is None
+    said = _version_problem(own | {"ray_version": "2.9.0"})
+    assert said is not None and said.startswith(
+        f"the cluster runs Ray 2.9.0 and Python {platform.python_version()}, this"
+    )
+    assert said.endswith("allowed: the same versions")

@@ -18,6 +18,8 @@ def fake_class():
 
     class Fake:
         def __init__(self, folder, mortal, always):
+            if always == "from the start":
+                raise OSError("no weights here")
             self.folder, self.mortal, self.always = folder, mortal, always
 
         def roll_out(self, job):
@@ -50,6 +52,22 @@ def test_records_come_in_the_order_of_the_jobs_whoever_dies(cluster, tmp_path):
 def test_a_job_that_kills_every_actor_is_given_up(cluster, tmp_path):
     with pytest.raises(RuntimeError, match=f"{MAX_TRIES} actors died over it"):
         fleet(tmp_path, [job(0), job(2)], mortal=(2,), always=True)
+
+
+def test_actors_for_which_there_is_no_room_hold_nobody_up(cluster, tmp_path):
+    remote = ray.remote(num_cpus=0.1)(fake_class())
+    nowhere = remote.options(resources={"a node that is gone": 1})
+    made = iter([remote, nowhere, nowhere])
+    jobs = [job(first) for first in range(0, 6, 2)]
+    records = run_fleet(jobs, lambda: next(made).remote(tmp_path, set(), False), 3)
+    assert [record["index"] for record in records] == list(range(6))
+
+
+def test_actors_that_never_start_are_given_up(cluster, tmp_path):
+    with pytest.raises(
+        RuntimeError, match=rf"{MAX_TRIES} actors in a row died as they started: (.|\n)*no weights here"
+    ):
+        fleet(tmp_path, [job(0), job(2)], always="from the start")
 
 
 def test_an_error_in_a_job_is_the_callers(cluster, tmp_path):

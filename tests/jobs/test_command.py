@@ -442,6 +442,15 @@ def test_plain_progress_shows_first_last_and_one_line_per_interval():
     ]
 
 
+def test_what_was_done_before_is_no_measure_of_speed() -> None:
+    stream, now = io.StringIO(), [0.0]
+    with Progress("sweep", 20, begun=10, stream=stream, interval=0.0, clock=lambda: now[0]) as progress:
+        progress.update(10)
+        now[0] = 8.0
+        progress.update(12)
+    assert stream.getvalue().splitlines() == ["sweep: 10/20, 0 s", "sweep: 12/20, 8 s, about 32 s left"]
+
+
 def test_progress_shows_the_last_state_before_a_failure():
     stream = io.StringIO()
     with pytest.raises(ValueError, match="no"), Progress("work", stream=stream, clock=lambda: 0.0) as progress:

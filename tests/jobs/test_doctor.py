@@ -11,6 +11,7 @@ from crsm.cli import app
 from crsm.config import Config, load_config
 from jobs.command import invoke
 from jobs.doctor import GB, Facts, Node, Package, State, diagnose, look, port_is_free, storage_problem
+from tests.jobs.local_object_store import CREDENTIALS, start_object_store
 
 WELL = Facts(
     python=(3, 12, 3),
@@ -38,6 +39,7 @@ WELL = Facts(
     cluster=(),
     cluster_problem=None,
     storage_problem=None,
+    trackers_problem=None,
     workers=1,
     needs_gpu=False,
 )
@@ -90,7 +92,19 @@ def test_where_all_is_well_nothing_is_to_be_mended():
         (REMOTE, "address", "ok", "10.0.0.1:6379: 2 nodes, 12 CPU, 1 GPU", ""),
         (REMOTE | {"workers": 13}, "address", "missing", "train.workers = 13 asks 13 CPU", "train.workers=N"),
         (REMOTE | {"workers": 2, "needs_gpu": True}, "address", "missing", "asks 2 GPU", "more nodes"),
+        (REMOTE | {"cluster_problem": "refuses the token"}, "address", "missing", "refuses", "~/.ray/auth_token"),
         (REMOTE | {"cluster_problem": "nobody answers"}, "address", "missing", "nobody answers", "unset RAY_ADDRESS"),
+        (
+            REMOTE | {"cluster_problem": "Ray 2; allowed: the same versions"},
+            "address",
+            "missing",
+            "Ray 2",
+            "install",
+        ),
+        (
+            {"trackers_problem": "'wandb', which is not installed; allowed: pip install 'crsm[wandb]'"},
+            *("trackers", "missing", "not installed", "pip install 'crsm[wandb]'"),
+        ),
         ({"compiler": None}, "C++ compiler", "note", "none", "apt-get install g++"),
         ({"browser": None}, "browser", "note", "none", "apt-get install chromium"),
     ],
@@ -110,6 +124,18 @@ def test_this_machine_has_what_pyproject_asks(monkeypatch, tmp_path):
     assert facts.memory > 0 and facts.cores > 0 and str(tmp_path) in facts.disk
     assert facts.storage_problem is None
     assert not (tmp_path / "not").exists()
+
+
+def test_a_bucket_that_is_not_there_and_a_place_that_is_none_are_missing(monkeypatch):
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with start_object_store() as store:
+        facts = look(Config(train={"storage_path": store.uri("nowhere/runs")}))
+        assert facts.storage_problem == "s3://nowhere/runs: the storage cannot be written: no such bucket"
+        store.bucket("there")
+        assert look(Config(train={"storage_path": store.uri("there/runs")})).storage_problem is None
+    assert "allowed: a folder, s3://" in (look(Config(train={"storage_path": "ftp://x/y"})).storage_problem or "")
 
 
 def test_a_port_on_which_somebody_listens_is_not_free():

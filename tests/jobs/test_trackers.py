@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from jobs import trackers
-from jobs.trackers import Tracked, Trackers, check_trackers, flat, open_trackers, read_ids
+from jobs.storage import StoragePath
+from jobs.trackers import StageTrackers, Tracked, Trackers, check_trackers, flat, open_trackers, read_ids
+from tests.jobs.local_object_store import CREDENTIALS, start_object_store
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +110,48 @@ def test_mlflow_holds_the_figures_and_goes_on_with_the_same_run(tmp_path):
     assert client.get_metric_history(run.info.run_id, "valid/loss at 8")
 
 
+# ----------------------------------------------------------------------------------------------------------- of a stage
+
+
+def test_the_curves_of_a_stage_that_goes_on_are_one_whether_its_run_lies_in_a_folder_or_a_bucket(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    settings = {"seed": 1, "stage_1": {"batch": 8}}
+    with start_object_store() as store:
+        store.bucket("runs")
+        for place in (tmp_path / "nano" / "stage_1", store.uri("runs/nano/stage_1")):
+            stage = StoragePath.of(place)
+            first = StageTrackers(["tensorboard"], stage, settings, 0, pytest.fail)
+            for step in (1, 2, 3):
+                first.log({"step": step, "loss": 4.0 / step, "lr": 0.1, "tokens_per_second": 10.0})
+            first.keep()  # and it is killed
+            second = StageTrackers(["tensorboard"], stage, settings, 2, pytest.fail)
+            second.log({"step": 3, "loss": 1.0})
+            second.close()
+            curves = fetched(stage.parent / "tensorboard" / "stage_1", tmp_path)
+            found = EventAccumulator(str(curves)).Reload().Scalars("loss")
+            assert [(event.step, event.value) for event in found] == [(1, 4.0), (2, 2.0), (3, 1.0)]
+
+
+def fetched(place, tmp_path):
+    if place.local is not None:
+        return place.local
+    place.download(tmp_path / "fetched")
+    return tmp_path / "fetched"
+
+
+def test_a_stage_keeps_the_ids_of_its_runs_beside_its_states(tmp_path):
+    pytest.importorskip("wandb")
+    stage = StoragePath.of(tmp_path / "nano" / "stage_1")
+    StageTrackers(["wandb"], stage, {}, 0, pytest.fail).close()
+    (run_id,) = json.loads((stage / "trackers.json").read_text()).values()
+    StageTrackers(["wandb"], stage, {}, 5, pytest.fail).close()
+    assert json.loads((stage / "trackers.json").read_text()) == {"wandb": run_id}
+    assert {path.name.rpartition("-")[2] for path in (tmp_path / "nano" / "wandb").glob("offline-run-*")} == {run_id}
+
+
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -140,8 +184,10 @@ class Broken:
     def log(self, step, figures):
         raise ConnectionError("nobody\nanswers")
 
-    def close(self):
+    def flush(self):
         raise AssertionError("it was left out")
+
+    close = flush
 
 
 class Kept:
@@ -150,6 +196,9 @@ class Kept:
 
     def log(self, step, figures):
         self.seen.append((step, dict(figures)))
+
+    def flush(self):
+        self.seen.append("flushed")
 
     def close(self):
         self.seen.append("closed")
@@ -160,9 +209,10 @@ def test_a_tracker_that_fails_is_named_once_and_the_others_go_on():
     both = Trackers({"mlflow": Broken(), "tensorboard": kept}, said.append)
     both.log(1, {"loss": 1.0})
     both.log(2, {"loss": 0.5})
+    both.flush()
     both.close()
     assert said == ["mlflow fails and is left out: nobody answers"]
-    assert kept.seen == [(1, {"loss": 1.0}), (2, {"loss": 0.5}), "closed"]
+    assert kept.seen == [(1, {"loss": 1.0}), (2, {"loss": 0.5}), "flushed", "closed"]
 
 
 def test_a_tracker_that_cannot_begin_does_not_keep_the_training_from_beginning(monkeypatch, tmp_path):

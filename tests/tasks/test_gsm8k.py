@@ -162,6 +162,14 @@ def test_a_wrong_record_of_an_attempt_is_refused(tmp_path: Path, record: dict[st
         build_task(Gsm8kConfig(path="sample", attempts_path=path))
 
 
+def test_problems_with_a_false_mark_can_be_left_out(tmp_path: Path) -> None:
+    answers = ("<<1+1=2>>2\n#### 2", "<<1+1=3>>3\n#### 3", "<<7//2=3>>\n#### 3", "two\n#### 2")
+    path = _write(tmp_path / "marks.jsonl", [{"question": f"{i}?", "answer": a} for i, a in enumerate(answers)])
+    for true_marks, count in ((False, 4), (True, 2)):
+        task = build_task(Gsm8kConfig(path=path, true_marks=true_marks))
+        assert sum(task.size(split) or 0 for split in SPLITS) == count
+
+
 def test_repeated_questions_count_once(tmp_path: Path) -> None:
     path = _write(tmp_path / "twice.jsonl", [{"question": q, "answer": "#### 1"} for q in ("A  b?", "a b? ", "c?")])
     task = build_task(Gsm8kConfig(path=path))
