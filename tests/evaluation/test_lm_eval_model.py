@@ -95,7 +95,6 @@ def test_generation_takes_the_harness_settings(folder):
     ("arguments", "message"),
     [
         ({"system": 3}, "system = 3; allowed: 1, 2"),
-        ({"device": "cuda"}, "device = 'cuda'; allowed: cpu"),
         ({"max_length": 1}, "max_length = 1; allowed: a whole number from 2 on"),
         ({"checkpoint": "nowhere"}, "checkpoint = 'nowhere': no folder"),
         ({"lag": -1}, "deliberation.lag = -1"),
@@ -220,3 +219,16 @@ def test_the_harness_generates_with_either_system(folder, offline):
         asked = [("rain", {"until": ["\n"], "max_gen_toks": 5}), ("12", {"max_gen_toks": 3})]
         requests = [Instance("generate_until", {}, arguments, index) for index, arguments in enumerate(asked)]
         assert model.generate_until(requests) == HarnessModel(str(folder), system=system).generate(asked)
+
+
+@needs_lm_eval
+def test_the_command_line_is_the_harness_with_this_model(folder, data, tmp_path, offline, monkeypatch, capsys):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "made_arc.yaml").write_text(TASK.format(path=data))
+    command = ["lm_eval", "--model", "crsm", "--tasks", "made_arc", "--include_path", str(tmp_path / "tasks")]
+    monkeypatch.setattr("sys.argv", [*command, "--model_args", f"checkpoint={folder},system=1"])
+    main()
+    assert "made_arc" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*command, "--model_args", f"checkpoint={folder},system=3"])
+    with pytest.raises(SystemExit, match="error: system = 3; allowed: 1, 2"):
+        main()
