@@ -60,7 +60,7 @@ class HarnessModel:
             max_length: tokens of a window of a long text.
             max_gen_toks: tokens of an answer, where a task does not say.
             threads: of torch and the native core; None: as they are.
-            batch_size: sequences decoded together; ``auto`` or None: the settings'.
+            batch_size: sequences decoded together; ``auto``, None, and 1, which is the harness's default: the settings'.
             max_batch_size: not used: memory is known in advance.
             device: not used: the CPU; the harness names a GPU whether there is one or not.
 
@@ -78,7 +78,7 @@ class HarnessModel:
             "deliberation.lag": lag,
             "deliberation.injection_rate": rate,
             "search.simulations": simulations,
-            "engine.max_batch": None if str(batch_size).startswith("auto") else batch_size,
+            "engine.max_batch": None if str(batch_size).partition(":")[0] in ("auto", "1") else batch_size,
         }
         overrides = [f"{name}={value}" for name, value in changes.items() if value is not None]
         self.checkpoint: Checkpoint = load_checkpoint(checkpoint)

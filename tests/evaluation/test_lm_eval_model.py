@@ -106,6 +106,11 @@ def test_a_wrong_argument_is_named(folder, arguments, message):
         HarnessModel(**({"checkpoint": str(folder)} | arguments))
 
 
+@pytest.mark.parametrize(("asked", "expected"), [(None, 256), (1, 256), ("auto:4", 256), (16, 16), ("12", 12)])
+def test_the_batch_is_the_settings_unless_one_is_asked_for(folder, asked, expected):
+    assert HarnessModel(str(folder), batch_size=asked).checkpoint.config.engine.max_batch == expected
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
 def test_without_lm_eval_there_is_one_line():
     with pytest.raises(ValueError, match=r"lm-eval is not installed; it is the extra `eval`"):
