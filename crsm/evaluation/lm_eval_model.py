@@ -60,7 +60,7 @@ class HarnessModel:
             max_length: tokens of a window of a long text.
             max_gen_toks: tokens of an answer, where a task does not say.
             threads: of torch and the native core; None: as they are.
-            batch_size: sequences decoded together; ``auto``, None, and 1, which is the harness's default: the settings'.
+            batch_size: sequences decoded together; ``auto``, None and 1, the harness's default: the settings'.
             max_batch_size: not used: memory is known in advance.
             device: not used: the CPU; the harness names a GPU whether there is one or not.
 
