@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,17 +60,15 @@ class HarnessModel:
             max_length: tokens of a window of a long text.
             max_gen_toks: tokens of an answer, where a task does not say.
             threads: of torch and the native core; None: as they are.
-            batch_size: sequences decoded together; ``auto`` or None: the settings'.
+            batch_size: sequences decoded together; ``auto``, None and 1, the harness's default: the settings'.
             max_batch_size: not used: memory is known in advance.
-            device: ``cpu`` or None.
+            device: not used: the CPU; the harness names a GPU whether there is one or not.
 
         Raises:
             ValueError: naming the argument that is out of range.
         """
         if str(system) not in ("1", "2"):
             raise ValueError(f"system = {system!r}; allowed: 1, 2")
-        if device not in (None, "cpu"):
-            raise ValueError(f"device = {device!r}; allowed: cpu")
         for name, value in (("max_length", max_length), ("max_gen_toks", max_gen_toks)):
             if not isinstance(value, int) or value < 2:
                 raise ValueError(f"{name} = {value!r}; allowed: a whole number from 2 on")
@@ -79,7 +78,7 @@ class HarnessModel:
             "deliberation.lag": lag,
             "deliberation.injection_rate": rate,
             "search.simulations": simulations,
-            "engine.max_batch": None if str(batch_size).startswith("auto") else batch_size,
+            "engine.max_batch": None if str(batch_size).partition(":")[0] in ("auto", "1") else batch_size,
         }
         overrides = [f"{name}={value}" for name, value in changes.items() if value is not None]
         self.checkpoint: Checkpoint = load_checkpoint(checkpoint)
@@ -215,12 +214,14 @@ def register() -> type:
 
 
 def main() -> None:
-    """The harness's own command line, with this model."""
+    """The harness's own command line, with this model. A mistake is one line, and a traceback with ``CRSM_DEBUG=1``."""
     try:
         register()
+        importlib.import_module("lm_eval.__main__").cli_evaluate()
     except ValueError as error:
+        if os.environ.get("CRSM_DEBUG"):
+            raise
         raise SystemExit(f"error: {error}") from None
-    importlib.import_module("lm_eval.__main__").cli_evaluate()
 
 
 if __name__ == "__main__":

@@ -95,7 +95,6 @@ def test_generation_takes_the_harness_settings(folder):
     ("arguments", "message"),
     [
         ({"system": 3}, "system = 3; allowed: 1, 2"),
-        ({"device": "cuda"}, "device = 'cuda'; allowed: cpu"),
         ({"max_length": 1}, "max_length = 1; allowed: a whole number from 2 on"),
         ({"checkpoint": "nowhere"}, "checkpoint = 'nowhere': no folder"),
         ({"lag": -1}, "deliberation.lag = -1"),
@@ -105,6 +104,11 @@ def test_generation_takes_the_harness_settings(folder):
 def test_a_wrong_argument_is_named(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         HarnessModel(**({"checkpoint": str(folder)} | arguments))
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 256), (1, 256), ("auto:4", 256), (16, 16), ("12", 12)])
+def test_the_batch_is_the_settings_unless_one_is_asked_for(folder, asked, expected):
+    assert HarnessModel(str(folder), batch_size=asked).checkpoint.config.engine.max_batch == expected
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
@@ -220,3 +224,16 @@ def test_the_harness_generates_with_either_system(folder, offline):
         asked = [("rain", {"until": ["\n"], "max_gen_toks": 5}), ("12", {"max_gen_toks": 3})]
         requests = [Instance("generate_until", {}, arguments, index) for index, arguments in enumerate(asked)]
         assert model.generate_until(requests) == HarnessModel(str(folder), system=system).generate(asked)
+
+
+@needs_lm_eval
+def test_the_command_line_is_the_harness_with_this_model(folder, data, tmp_path, offline, monkeypatch, capsys):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "made_arc.yaml").write_text(TASK.format(path=data))
+    command = ["lm_eval", "--model", "crsm", "--tasks", "made_arc", "--include_path", str(tmp_path / "tasks")]
+    monkeypatch.setattr("sys.argv", [*command, "--model_args", f"checkpoint={folder},system=1"])
+    main()
+    assert "made_arc" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*command, "--model_args", f"checkpoint={folder},system=3"])
+    with pytest.raises(SystemExit, match="error: system = 3; allowed: 1, 2"):
+        main()
