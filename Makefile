@@ -17,7 +17,7 @@ DEFAULT := not slow and not gpu and not browser
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu test-browser native-asan native-tsan bench bench-speed llama-bench \
-	gpu-checks lint format constraints clean distclean
+	gpu-checks paper docs lint format constraints clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -100,6 +100,26 @@ llama-bench: setup ## build llama.cpp's benchmark, and models for it, into build
 gpu-checks: ## where a CUDA device is: build mamba-ssm, run the tests for a GPU, measure beside mamba-ssm
 	scripts/gpu_checks.sh
 
+# What LaTeX needs beyond a bare Debian; the fonts come with lmodern.
+TEXLIVE := latexmk texlive-latex-recommended texlive-fonts-recommended lmodern
+
+paper: setup ## the paper as docs/paper/crsm.pdf, its figures from docs/paper/results (needs LaTeX)
+	@for tool in latexmk pdflatex bibtex; do \
+		command -v $$tool >/dev/null 2>&1 || { \
+			echo "error: no $$tool on PATH. The paper needs LaTeX (Debian, Ubuntu: apt-get install $(TEXLIVE))" >&2; \
+			exit 1; \
+		}; \
+	done
+	@$(BIN)/python -m jobs.paper generate
+	@mkdir -p docs/paper/build
+	@cd docs/paper && latexmk -pdf -jobname=crsm -interaction=nonstopmode -halt-on-error -silent -outdir=build main.tex \
+		>build/latexmk.log 2>&1 || { grep -A 8 '^!' build/crsm.log >&2; tail -n 5 build/latexmk.log >&2; exit 1; }
+	@cp docs/paper/build/crsm.pdf docs/paper/crsm.pdf && echo "docs/paper/crsm.pdf"
+
+docs: setup ## the documentation site in site/; a broken link or anchor is an error
+	@$(PIP) install -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "site/index.html"
+
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check . || { $(BIN)/ruff format --check . ; exit 1; }
@@ -116,7 +136,7 @@ constraints: setup ## pin what is installed now in constraints.txt
 	@mv constraints.new constraints.txt
 
 clean: ## remove caches and build output
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site docs/paper/build docs/paper/generated docs/paper/crsm.pdf *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## also remove .venv

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3
 """Between the losses of the two runs."""
 STATES_BEFORE = 2
-"""States that Ray Train knows of before a node is lost."""
+"""States that Ray Train knows of before a node is lost without a notice."""
 
 
 def main(
@@ -36,8 +36,14 @@ def main(
         float, typer.Option("--notice", metavar="SECONDS", min=0, help="A node is drained so long before it is lost.")
     ] = 0,
     absence: Annotated[
-        float, typer.Option("--absence", metavar="SECONDS", min=0, help="Until a new node takes its place.")
-    ] = 5,
+        float,
+        typer.Option(
+            "--absence",
+            metavar="SECONDS",
+            min=0,
+            help="A new node takes its place as soon as the work goes on without it, or after so long.",
+        ),
+    ] = 60,
 ) -> int:
     """Trains twice on a cluster on this machine; the second time a node is lost in stage 1 and one in stage 3.
 
@@ -100,7 +106,8 @@ def plan_losses(settings: Config, stages: list[str], storage: str, notice: float
     known = run_folder(storage, f"{settings.name}-{KINDS[1]}") / "stage_1" / "checkpoint_manager_snapshot.json"
 
     def has_states() -> bool:
-        return known.is_file() and len(json.loads(known.read_text())["checkpoint_results"]) >= STATES_BEFORE
+        found = len(json.loads(known.read_text())["checkpoint_results"]) if known.is_file() else 0
+        return found >= (1 if notice else STATES_BEFORE)
 
     losses = []
     if "stage_1" in stages:

@@ -71,7 +71,7 @@ def plan_attempts(settings: Config) -> list[RolloutJob]:
     }
     return [
         RolloutJob(
-            task=task.name,
+            task=task.label,
             split=split,
             problem_seed=settings.seed,
             first=first,

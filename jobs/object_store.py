@@ -13,7 +13,7 @@ import urllib.parse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import pyarrow.fs  # type: ignore[import-untyped]
+    import pyarrow.fs
 
 SCHEMES = ("s3", "gs")
 OPTIONS = ("endpoint_override", "region", "scheme")

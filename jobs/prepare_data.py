@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.command import JsonOption, Progress, SeedOption, SetOption, commit, describe, run, write_result
+from jobs.storage import StoragePath
 
 if TYPE_CHECKING:
     from crsm.data.decontamination import Contamination
@@ -38,7 +39,7 @@ WorkersOption = Annotated[
     int | None, typer.Option("--workers", min=1, metavar="INTEGER", help="Parts at a time; the machine's cores.")
 ]
 FreshOption = Annotated[
-    bool, typer.Option("--fresh/--resume", help="Put aside what the output holds and start anew, or go on with it.")
+    bool, typer.Option("--fresh/--resume", help="Remove what the output holds and start anew, or go on with it.")
 ]
 
 OBJECT_STORE_PER_WORKER = 96 << 20
@@ -67,9 +68,9 @@ def main(
 
     settings = load_data_config(config, overrides or (), seed)
     folder = output or Path(settings.output or f"runs/data/{settings.name}")
-    check_folder(folder)
+    StoragePath.of(folder).check_writable()
     if fresh:
-        put_aside(folder)
+        remove_output(folder)
     started = time.perf_counter()
     from crsm.data.preparation import prepare
 
@@ -84,18 +85,7 @@ def main(
     write_result("prepare_data", settings, settings.seed, {**figures, **report}, json)
 
 
-def check_folder(folder: Path) -> None:
-    """Makes the folder and writes into it, now and not after an hour.
-
-    Raises:
-        OSError: naming the folder.
-    """
-    from jobs.runs import check_writable
-
-    check_writable(folder)
-
-
-def put_aside(folder: Path) -> None:
+def remove_output(folder: Path) -> None:
     """Removes what a preparation left in a folder, and nothing else.
 
     The index goes first: what is left of the rest, should this be stopped, is not taken for finished.

@@ -149,8 +149,8 @@ def previous_checkpoint(stage: str, storage: str | Path, name: str) -> StoragePa
         if (path / MARKER).is_file():
             return path
     raise ValueError(
-        f"no checkpoint of {' or '.join(reversed(before))} in {run_folder(storage, name)}; allowed: run one of them "
-        "first, or --checkpoint DIR for another one"
+        f"no checkpoint of {' or '.join(reversed(before))} in {run_folder(storage, name).where}; allowed: run one of "
+        "them first, or --checkpoint DIR for another one"
     )
 
 
@@ -265,5 +265,5 @@ def describe_outcome(outcome: Outcome) -> str:
     figures = "" if loss is None else f", loss {loss:.4g}"
     return (
         f"{outcome.stage} {how}: {report['steps']} steps in {report['seconds']:.0f} s{figures}, "
-        f"{report['tokens_per_second']:,.0f} tokens/s -> {outcome.checkpoint}"
+        f"{report['tokens_per_second']:,.0f} tokens/s -> {outcome.checkpoint.where}"
     )

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from jobs import object_store
 
 if TYPE_CHECKING:
-    import pyarrow.fs  # type: ignore[import-untyped]
+    import pyarrow.fs
 
 T = TypeVar("T")
 
@@ -83,9 +83,10 @@ class StoragePath:
     # ---------------------------------------------------------------- names
 
     def __str__(self) -> str:
-        return self._where() + (f"?{self.query}" if self.query else "")
+        return self.where + (f"?{self.query}" if self.query else "")
 
-    def _where(self) -> str:
+    @property
+    def where(self) -> str:
         """As a person reads it: without the options."""
         return f"{self.scheme}://{self.path}" if self.scheme else self.path
 
@@ -294,7 +295,7 @@ class StoragePath:
             _within(object_store.PATIENCE, try_it)
         except OSError as error:
             what = f"the storage cannot be written: {error.strerror}"
-            raise OSError(error.errno, what, self._where()) from error
+            raise OSError(error.errno, what, self.where) from error
 
     def for_ray(self) -> tuple[str, pyarrow.fs.FileSystem | None]:
         """``storage_path`` and ``storage_filesystem`` as Ray Train and Ray Tune want them."""
@@ -336,7 +337,7 @@ class StoragePath:
                 raise
             reason = error.strerror if error.errno is not None and error.filename is not None else None
             number, text = object_store.reason(error)
-            raise type(error)(number, reason or text, self._where()) from error
+            raise type(error)(number, reason or text, self.where) from error
 
 
 # ------------------------------------------------------------------------------------------------------------- scratch

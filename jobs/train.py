@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
     from crsm.config import Config
 
-_MAX_FAILED_STARTS = 3
-"""Times that workers may fail to start; Ray Train's own default waits for ever."""
+_MAX_FAILED_STARTS, _START_TIMEOUT = 3, 180
+"""Times that workers may fail to start, and seconds until they have a place: a node may have to be started for them.
+Ray Train's own default tries for ever."""
+_MAX_FAILED_ELASTIC_STARTS, _ELASTIC_START_TIMEOUT = 100, 15
+"""Elastic workers are started where there is room already; that a node is gone is known up to 20 s late."""
 
 
 def train_stage(
@@ -81,7 +84,7 @@ def train_stage(
         from crsm.training.loop import check_fingerprint
 
         try:
-            check_fingerprint(json.loads(begun.read_text()), work.fingerprint, str(folder))
+            check_fingerprint(json.loads(begun.read_text()), work.fingerprint, folder.where)
         except ValueError as error:
             raise ValueError(f"{error}; allowed: the same settings, another --name, or --fresh") from error
     else:
@@ -110,7 +113,6 @@ def cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; without it Ray warns
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how late the end of a stage is noticed
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "180")  # a busy machine imports slowly
     from actors.cluster import start_ray
 
     with start_ray():
@@ -171,6 +173,10 @@ def _fit(work: Work, config: Config, callbacks: Sequence[UserCallback]) -> None:
     path, filesystem = work.place.parent.for_ray()
     board = start_board()
     elastic = settings.min_workers is not None and settings.min_workers < settings.workers
+    starts, timeout = (
+        (_MAX_FAILED_ELASTIC_STARTS, _ELASTIC_START_TIMEOUT) if elastic else (_MAX_FAILED_STARTS, _START_TIMEOUT)
+    )
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(timeout))
     trainer = TorchTrainer(
         train_worker.train,
         train_loop_config={"work": dataclasses.asdict(work), "board": board},
@@ -183,9 +189,7 @@ def _fit(work: Work, config: Config, callbacks: Sequence[UserCallback]) -> None:
             name=work.place.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(
-                max_failures=settings.max_failures, controller_failure_limit=_MAX_FAILED_STARTS
-            ),
+            failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=starts),
             callbacks=[failure_callback(board, settings.max_failures), *callbacks],
             checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             logging_config=LoggingConfig(log_level="WARNING"),

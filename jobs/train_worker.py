@@ -91,13 +91,9 @@ def _train_and_save(work: Work, board: ActorHandle) -> None:
         started = time.monotonic()
         _report(state, rank, latest)
         notice.saved(time.monotonic() - started)
+        if state.step % stage.settings.checkpoint_every and state.step < stage.settings.steps:
+            reporter.say(f"saved step {state.step}: a node is about to go")
         reporter.keep_curves()
-
-    def save_now() -> bool:
-        due = notice.is_due()
-        if due:
-            reporter.say("saves: a node is about to go")
-        return due
 
     result = run_stage(
         stage,
@@ -109,7 +105,7 @@ def _train_and_save(work: Work, board: ActorHandle) -> None:
         on_log=log,
         on_evaluate=evaluation,
         on_checkpoint=checkpoint,
-        save_now=save_now,
+        save_now=notice.is_due,
     )
     if rank == 0:
         stage.cpu()

@@ -97,7 +97,7 @@ def _near(units: np.ndarray, signatures_UP: np.ndarray, config: DuplicatesConfig
 
 def _band_keys(signatures_UP: np.ndarray, bands: int) -> np.ndarray:
     """(U, bands) uint64"""
-    rows_UBr = signatures_UP.reshape(len(signatures_UP), bands, -1).astype(np.uint64)
+    rows_UBr = signatures_UP.reshape(len(signatures_UP), bands, signatures_UP.shape[1] // bands).astype(np.uint64)
     keys = np.zeros(rows_UBr.shape[:2], np.uint64)
     for place in range(rows_UBr.shape[2]):
         keys = (keys ^ rows_UBr[:, :, place]) * _MULTIPLIER

@@ -271,7 +271,7 @@ class Tokenizer:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_with_places(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a text, and the character of the text at which each begins (white space before it not counted).
+        """Token ids of a text, and the character of the text at which each begins (with white space or not).
 
         Raises:
             ValueError: as :meth:`encode`.

@@ -28,6 +28,7 @@ from crsm.tasks.base import (
     split_of,
 )
 from crsm.tasks.closed import ClosedTask
+from crsm.tasks.jsonl import read_bytes, read_jsonl
 
 SAMPLE_PATH = Path(__file__).parent.parent / "assets" / "arc_agi_sample.jsonl"
 """Small tasks of the public training set; see the licence notice beside it."""
@@ -173,29 +174,19 @@ def _records(path: str) -> list[tuple[str, str, Any]]:
     """Each task with a name for error messages and its own."""
     source = SAMPLE_PATH if path == "sample" else Path(path)
     found: list[tuple[str, str, Any]] = []
-    try:
-        if source.is_dir():
-            for file in sorted(source.glob("*.json")):
-                found.append((repr(str(file)), file.stem, _json(file.read_bytes(), repr(str(file)))))
-        else:
-            for number, line in enumerate(source.read_bytes().split(b"\n"), start=1):
-                where = f"{str(source)!r} line {number}"
-                if line.strip():
-                    record = _json(line, where)
-                    name = record.get("id") if isinstance(record, dict) else None
-                    found.append((where, str(name if name is not None else number), record))
-    except OSError as error:
-        raise ValueError(f"{str(source)!r} cannot be read: {error.strerror}") from error
+    if source.is_dir():
+        for file in sorted(source.glob("*.json")):
+            where = repr(str(file))
+            try:
+                found.append((where, file.stem, json.loads(read_bytes(file))))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where} is not JSON: {error}") from error
+    else:
+        for number, (where, record) in enumerate(read_jsonl(source), start=1):
+            found.append((where, str(record.get("id", number)), record))
     if not found:
         raise ValueError(f"{str(source)!r} holds no tasks; allowed: at least one")
     return found
-
-
-def _json(content: bytes, where: str) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
 
 
 def _rule(record: Any, name: str, where: str) -> _Rule:

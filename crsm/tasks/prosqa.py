@@ -18,7 +18,6 @@ import json
 from bisect import bisect_right
 from itertools import accumulate, pairwise
 from math import exp, factorial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from crsm.tasks.base import (
     keyed_bits,
 )
 from crsm.tasks.closed import PATH_PREAMBLE, ClosedTask
+from crsm.tasks.jsonl import read_bytes
 
 _MEAN_PARENTS = 1.7
 _ORPHANS = 0.2
@@ -173,10 +173,9 @@ class Prosqa(ClosedTask):
         return Problem(self.name, split, prompt, self._answer([str(node) for node in path]), question.key, data)
 
     def _read_file(self, path: str) -> list[Problem]:
+        content = read_bytes(path)
         try:
-            records = json.loads(Path(path).read_bytes())
-        except OSError as error:
-            raise ValueError(f"{path!r} cannot be read: {error.strerror}") from error
+            records = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path!r} is not JSON: {error}") from error
         if not isinstance(records, list) or not records:

@@ -32,8 +32,8 @@ class Loss:
     """Asked as soon as there is such an actor."""
     notice: float = 0.0
     """Seconds between the announcement and the loss; 0: none is made."""
-    absence: float = 5.0
-    """Seconds until a new node takes the place."""
+    absence: float = 60.0
+    """A new node takes the place as soon as the work goes on without it, at the latest after so many seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,10 @@ class LocalNodes:
 def local_nodes(count: int, cpus: int) -> Iterator[LocalNodes]:
     """Nodes for the time of a ``with`` block, and this process connected to their head."""
     import ray
+    from ray._private import worker
 
+    # Of every lost node Ray prints the last lines of its log on the driver's standard output, whatever it is told.
+    loud, worker.print_to_stdstream = worker.print_to_stdstream, lambda *_, **__: None
     nodes = LocalNodes(count, cpus)
     try:
         ray.init(address=nodes.address, logging_level="ERROR", log_to_driver=False)
@@ -113,6 +116,7 @@ def local_nodes(count: int, cpus: int) -> Iterator[LocalNodes]:
     finally:
         ray.shutdown()
         nodes.close()
+        worker.print_to_stdstream = loud
 
 
 def homes(class_name: str) -> dict[str, int]:
@@ -145,8 +149,11 @@ def losing(nodes: LocalNodes, losses: list[Loss]) -> Iterator[list[Happened]]:
             ended.wait(loss.notice)
         dying = homes(loss.on).get(node, 0)
         nodes.lose(node)
-        happened.append(Happened(loss.on, time.monotonic() - started, dying))
-        ended.wait(loss.absence)
+        lost_at = time.monotonic()
+        happened.append(Happened(loss.on, lost_at - started, dying))
+        while time.monotonic() < lost_at + loss.absence and not homes(loss.on).keys() - {node}:
+            if ended.wait(_PAUSE):
+                return
         nodes.add()
         happened[-1] = dataclasses.replace(happened[-1], back_at=time.monotonic() - started)
 

@@ -117,7 +117,7 @@ _METHODS = (
 
 def compute(results: Results) -> Figure:
     """Accuracy against multiply-adds in units of one sampled answer, both tasks."""
-    figure = _figure(2.3)
+    figure = _figure(2.4)
     panels = figure.subplots(1, len(TASKS), sharey=True)
     for axes, task in zip(panels, TASKS, strict=True):
         curves = results[f"compute_{task}"]["results"]["compute"]
@@ -144,7 +144,7 @@ def compute(results: Results) -> Figure:
         axes.set(xlabel="compute after the prompt, in sampled answers", ylim=(0, 1.14), title=task_name(task))
         _bare(axes)
     panels[0].set_ylabel("right answers")
-    panels[0].legend(frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.52))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 

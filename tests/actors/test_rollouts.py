@@ -64,7 +64,9 @@ def test_actors_for_which_there_is_no_room_hold_nobody_up(cluster, tmp_path):
 
 
 def test_actors_that_never_start_are_given_up(cluster, tmp_path):
-    with pytest.raises(RuntimeError, match=rf"{MAX_TRIES} actors in a row died as they started: (.|\n)*no weights here"):
+    with pytest.raises(
+        RuntimeError, match=rf"{MAX_TRIES} actors in a row died as they started: (.|\n)*no weights here"
+    ):
         fleet(tmp_path, [job(0), job(2)], always="from the start")
 
 

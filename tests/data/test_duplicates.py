@@ -32,11 +32,10 @@ def dropped(texts, config=None):
 
 def test_all_planted_duplicates_are_found_and_none_of_a_thousand_controls():
     controls = [prose(seed) for seed in range(CONTROLS)]
-    exact = [controls[i] for i in range(0, 50)]
+    exact = [controls[i] for i in range(50)]
     near = [edited(controls[i], 0.02, seed=i) for i in range(50, 100)]
     spaced = [controls[i].replace(". ", " .  ").upper() for i in range(100, 120)]
     longer = [controls[i] + "\n\n" + prose(10_000 + i, words=10) for i in range(120, 140)]
-    shorter = [controls[i].rpartition("\n\n")[0] + "." for i in range(140, 145)]
     planted = exact + near + spaced + longer
     found = dropped(controls + planted)
     assert set(found) == set(range(CONTROLS, CONTROLS + len(planted)))
@@ -44,7 +43,6 @@ def test_all_planted_duplicates_are_found_and_none_of_a_thousand_controls():
         verdict = found[CONTROLS + place]
         assert verdict.first == place and verdict.exact == (place < 50)
         assert verdict.similarity >= 0.7
-    del shorter
 
 
 def test_what_is_kept_is_the_first_and_a_chain_of_edits_goes_as_long_as_it_resembles_what_is_kept():
@@ -66,9 +64,7 @@ def test_the_estimate_is_the_jaccard_similarity_of_the_shingles():
 
 
 def test_texts_without_a_shingle_are_compared_by_their_hash_alone():
-    config = tiny_config(
-        {"name": "a", "path": "x", "clean": False}, duplicates={"ngram": 50}
-    )
+    config = tiny_config({"name": "a", "path": "x", "clean": False}, duplicates={"ngram": 50})
     found = dropped(["four words are here", "four words are there", "four words are here"], config)
     assert list(found) == [2] and found[2].exact
 

@@ -9,12 +9,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from crsm.data import Tokenizer
-from crsm.data import encoding
+from crsm.data import Tokenizer, encoding
 from crsm.data.encoding import TextEncoder
 from tests.data.corpora import prose
 
-TEXTS = [prose(seed) for seed in range(5)] + ["don't 'tis we've\n'twas 12,345.67  x_y  (“quoted”) naïve ½ ²\n\n\n end  "]
+TEXTS = [prose(seed) for seed in range(5)] + [
+    "don't 'tis we've\n'twas 12,345.67  x_y  (“quoted”) naïve ½ ²\n\n\n end  "
+]
 OWN = Tokenizer.train_bpe(TEXTS, 400)
 
 
@@ -111,7 +112,7 @@ def test_what_is_adopted_must_be_a_byte_level_bpe_with_an_end_of_text(tmp_path):
     (tmp_path / "none.json").write_text(json.dumps(tree))
     with pytest.raises(ValueError, match=r"none.json' has '<pad>' at id None; allowed: id 0"):
         Tokenizer.adopt(tmp_path / "none.json")
-    with pytest.raises(ValueError, match="missing.json' cannot be read"):
+    with pytest.raises(ValueError, match=r"missing.json' cannot be read"):
         Tokenizer.adopt(tmp_path / "missing.json")
 
 

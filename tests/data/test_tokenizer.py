@@ -232,3 +232,61 @@ def test_open_text_has_no_closed_vocabulary() -> None:
         build_tokenizer(TokenizerConfig(), build_tasks([Gsm8kConfig(path="sample")]))
     with pytest.raises(ValueError, match="'two words' cannot be a word"):
         Tokenizer.closed(["yes", "no", "two words"])
+
+
+# ------------------------------------------------------------------------------------------- of imported weights
+
+
+def _imported() -> Tokenizer:
+    """A byte-level BPE as public weights bring one along: own names, no verdicts, runs of spaces as added tokens."""
+    tree = json.loads(BPE.to_json())
+    ours = {entry["content"] for entry in tree["added_tokens"]}
+    kept = ["<|endoftext|>", "<|padding|>", *(token for token in tree["model"]["vocab"] if token not in ours)]
+    tree["model"]["vocab"] = {token: i for i, token in enumerate(kept)}
+    entry = tree["added_tokens"][0]
+    spaces = entry | {"id": len(kept), "content": "    ", "special": False, "normalized": True}
+    tree["added_tokens"] = [entry | {"id": i, "content": kept[i]} for i in range(2)] + [spaces]
+    return Tokenizer.from_json(json.dumps(tree))
+
+
+IMPORTED = _imported()
+
+
+def test_a_tokenizer_of_imported_weights_ends_a_text_and_knows_no_verdicts() -> None:
+    imported = _imported()
+    assert imported.is_foreign and not imported.has_verdicts
+    assert not BPE.is_foreign and BPE.has_verdicts and CLOSED.has_verdicts and not CLOSED.is_foreign
+    assert (imported.eos_id, imported.pad_id, imported.terminal_ids) == (0, 1, (0,))
+    with pytest.raises(ValueError, match="lacks the verdict tokens '<wrong>' and '<right>'"):
+        imported.verdict_id(True)
+    assert Tokenizer.from_json(imported.to_json()).terminal_ids == (0,)
+
+
+@given(st.text(min_size=1))
+def test_a_tokenizer_of_imported_weights_writes_any_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return
+    text += "    <|endoftext|>  "
+    ids = IMPORTED.encode(text)
+    assert IMPORTED.decode(ids) == text
+    assert IMPORTED.eos_id not in ids
+
+
+def test_rows_of_an_embedding_beyond_the_vocabulary_say_nothing_readable() -> None:
+    assert IMPORTED.decode([IMPORTED.vocab_size + 7]) == "�"
+    with pytest.raises(ValueError, match="token id -1"):
+        IMPORTED.decode([-1])
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text"), [(BPE, "Tom has 3 apples"), (IMPORTED, "  a 水 b  "), (CLOSED, "1 2 |  yes")]
+)
+def test_places_are_where_tokens_begin(tokenizer: Tokenizer, text: str) -> None:
+    ids, places = tokenizer.encode_with_places(text)
+    assert ids == tokenizer.encode(text) and len(places) == len(ids)
+    assert places == sorted(places) and all(0 <= place <= len(text) for place in places)
+    for place, token in zip(places, ids, strict=True):
+        first = tokenizer.token(token).lstrip()[:1]
+        assert not first or first == "�" or text[place:].lstrip()[:1] == first

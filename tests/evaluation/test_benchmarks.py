@@ -68,7 +68,7 @@ def test_a_benchmark_is_a_task_of_the_checkpoint_or_a_known_one_or_stated():
     assert pick_benchmark(stated, config, "arc_challenge").task == ArcConfig(name="arc_challenge")
     assert pick_benchmark(stated, config, "gsm8k") == stated.benchmarks[0]
     assert {"path_star", "gsm8k", "arc_easy", "arc_challenge"} <= set(known_tasks())
-    with pytest.raises(ValueError, match=r"benchmark = 'chess'; allowed: arc_challenge, arc_easy, .*text"):
+    with pytest.raises(ValueError, match=r"benchmark = 'chess'; allowed: .*arc_challenge, arc_easy, .*text"):
         pick_benchmark(stated, config, "chess")
     with pytest.raises(ValueError, match=r"benchmark 'text': .*allowed: a txt or jsonl file"):
         pick_benchmark(stated, config, "text")

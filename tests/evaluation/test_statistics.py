@@ -1,5 +1,6 @@
 """Each figure against a hand-computed value or an independent implementation (SciPy, scikit-learn)."""
 
+import itertools
 import math
 
 import numpy as np
@@ -168,3 +169,41 @@ def test_branches_of_different_problems_are_never_compared():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ------------------------------------------------------------------------------------------------ pass@k and ratios
+
+
+@given(st.integers(1, 12), st.data())
+def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_answer(samples, data):
+    correct, k = data.draw(st.integers(0, samples)), data.draw(st.integers(1, samples))
+    answers = [True] * correct + [False] * (samples - correct)
+    draws = list(itertools.combinations(answers, k))
+    assert statistics.pass_at_k(samples, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+@pytest.mark.parametrize("arguments", [(3, 4, 1), (3, -1, 1), (3, 1, 0), (3, 1, 4)])
+def test_pass_at_k_refuses_what_cannot_be(arguments):
+    with pytest.raises(ValueError, match="allowed: 1 ≤ k ≤ samples"):
+        statistics.pass_at_k(*arguments)
+
+
+def test_a_ratio_is_bootstrapped_by_drawing_both_values_together():
+    rng = np.random.default_rng(1)
+    bottoms = rng.integers(50, 2000, 400).astype(float)
+    tops = 2.0 * bottoms + rng.normal(0, 30, 400)
+    low, high = statistics.bootstrap_ratio(tops, bottoms, samples=2000)
+    assert low < tops.sum() / bottoms.sum() < high
+    assert high - low < 0.02  # the windows differ by a factor of 40 in size, hardly in their ratio
+    assert (low, high) == statistics.bootstrap_ratio(tops, bottoms, samples=2000)
+    assert (low, high) != statistics.bootstrap_ratio(tops, bottoms, samples=2000, seed=1)
+    assert statistics.bootstrap_ratio(tops, np.ones(400), samples=500) == pytest.approx(
+        statistics.bootstrap_interval(tops, samples=500)
+    )
+
+
+def test_a_ratio_needs_something_to_divide_by():
+    with pytest.raises(ValueError, match="bottoms holds 0; allowed: above 0"):
+        statistics.bootstrap_ratio([1.0, 2.0], [1.0, 0.0])
+    with pytest.raises(ValueError, match="lengths differ"):
+        statistics.bootstrap_ratio([1.0], [1.0, 1.0])

@@ -93,9 +93,8 @@ def test_a_stage_leaves_everything_in_the_bucket_and_is_found_there(config_file,
     names = [path.name for path in stage.iterdir()]
     assert {"run.json", "checkpoint", "progress.jsonl", "checkpoint_manager_snapshot.json"} <= set(names)
     assert sum(name.startswith("checkpoint_20") for name in names) == 2
-    assert [json.loads(line) for line in (stage / "progress.jsonl").read_text().splitlines()][0] == {
-        "say": "starts training"
-    }
+    first_line = (stage / "progress.jsonl").read_text().splitlines()[0]
+    assert json.loads(first_line) == {"say": "starts training"}
     assert (stage.parent / "tensorboard" / "stage_1").iterdir()
     assert list((tmp_path / "cwd").iterdir()) == []
     results = json.loads(out)["results"]

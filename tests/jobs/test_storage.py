@@ -120,7 +120,7 @@ def test_a_file_is_read_as_it_was_written(place):
     assert not file.exists() and not file.is_file() and not place.exists()
     with pytest.raises(FileNotFoundError) as raised:
         file.read_text()
-    assert raised.value.filename == file._where() and raised.value.errno == errno.ENOENT
+    assert raised.value.filename == file.where and raised.value.errno == errno.ENOENT
     for text in ("first", "second, as it is: ë\n"):
         file.write_text(text)
         assert file.read_text() == text and file.is_file()

@@ -35,7 +35,7 @@ def test_a_score_comes_back(careless: Sandbox) -> None:
     ("answer", "error"),
     [
         ("9**9**9**9", "not scored within 0.5 s"),
-        ("[0 for _ in iter(int, 1)]", "not scored within 0.5 s"),
+        ("all(zero == 0 for zero in iter(int, 1))", "not scored within 0.5 s"),
         ("len(bytearray(10**10))", "MemoryError"),
         ("[b'x' * 10**8 for _ in range(99)]", "MemoryError"),
         ("__import__('socket').socket()", "PermissionError"),
