@@ -77,7 +77,9 @@ def watched(board: ActorHandle, stage: str, steps: int, workers: str, folder: St
         folder: of the stage.
     """
     import ray
+    from ray.exceptions import RayError
 
+    going_down = (RayError, RuntimeError)  # or nothing is connected any more
     ended = threading.Event()
     keep = _Keep(folder / PROGRESS_FILE)
     position = 0
@@ -86,7 +88,7 @@ def watched(board: ActorHandle, stage: str, steps: int, workers: str, folder: St
         nonlocal position
         try:
             messages = ray.get(board.read.remote(position), timeout=_TIMEOUT)
-        except Exception:  # Ray is going down, or busy; what was said is asked for again
+        except going_down:  # or busy: what was said is asked for again
             return []
         position += len(messages)
         keep.add(messages)
@@ -118,7 +120,7 @@ def watched(board: ActorHandle, stage: str, steps: int, workers: str, folder: St
         ended.set()
         thread.join()
         keep.close()
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(*going_down):
             ray.kill(board)
 
 
