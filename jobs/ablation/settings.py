@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from crsm.config import Positive, Probability, Settings, apply_override, parse_config, parse_settings, read_tree
+from crsm.config import Positive, Probability, Settings
+from jobs.own_section import load_own_section
 
 SECTION = "ablation"
 
@@ -119,29 +120,4 @@ def load_ablation(path: str | Path | None = None, overrides: Iterable[str] = ())
     Raises:
         ValueError: naming the file or override, the key, the value and what is allowed.
     """
-    source = "defaults" if path is None else str(path)
-    stated = {} if path is None else read_tree(path)
-    section = stated.pop(SECTION, {})
-    if not isinstance(section, dict):
-        raise ValueError(f"{source}: {SECTION} = {section!r}; allowed: a mapping")
-    parse_config(stated, source)
-    ablation = _parse(section, source)
-    own: list[str] = []
-    others: list[str] = []
-    for override in overrides:
-        (own if override.startswith(f"{SECTION}.") else others).append(override)
-    if own:
-        tree = {SECTION: ablation.model_dump(mode="json")}
-        for override in own:
-            apply_override(tree, override)
-        ablation = _parse(tree[SECTION], f"--set {' '.join(own)}")
-    return AblationFile(ablation, stated, tuple(others))
-
-
-def _parse(section: dict[str, Any], source: str) -> AblationConfig:
-    """Faults are named by their whole path, ``ablation.seeds``."""
-    return parse_settings(_File, {SECTION: section}, source).ablation
-
-
-class _File(Settings):
-    ablation: AblationConfig = AblationConfig()
+    return AblationFile(*load_own_section(AblationConfig, SECTION, path, overrides))

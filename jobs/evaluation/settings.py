@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from crsm.config import Settings, apply_override, parse_config, parse_settings, read_tree
 from crsm.evaluation.benchmarks.settings import EvaluationConfig
+from jobs.own_section import load_own_section
 
 SECTION = "evaluation"
 
@@ -38,29 +38,4 @@ def load_evaluation(path: str | Path | None = None, overrides: Iterable[str] = (
     Raises:
         ValueError: naming the file or override, the key, the value and what is allowed.
     """
-    source = "defaults" if path is None else str(path)
-    stated = {} if path is None else read_tree(path)
-    section = stated.pop(SECTION, {})
-    if not isinstance(section, dict):
-        raise ValueError(f"{source}: {SECTION} = {section!r}; allowed: a mapping")
-    parse_config(stated, source)
-    evaluation = _parse(section, source)
-    own: list[str] = []
-    others: list[str] = []
-    for override in overrides:
-        (own if override.startswith(f"{SECTION}.") else others).append(override)
-    if own:
-        tree = {SECTION: evaluation.model_dump(mode="json")}
-        for override in own:
-            apply_override(tree, override)
-        evaluation = _parse(tree[SECTION], f"--set {' '.join(own)}")
-    return EvaluationFile(evaluation, stated, tuple(others))
-
-
-def _parse(section: dict[str, Any], source: str) -> EvaluationConfig:
-    """Faults are named by their whole path, ``evaluation.part``."""
-    return parse_settings(_File, {SECTION: section}, source).evaluation
-
-
-class _File(Settings):
-    evaluation: EvaluationConfig = EvaluationConfig()
+    return EvaluationFile(*load_own_section(EvaluationConfig, SECTION, path, overrides))
