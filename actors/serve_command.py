@@ -226,8 +226,8 @@ def _example(config: Config) -> str:
     """A prompt that the model knows what to do with."""
     from crsm.tasks import build_task
 
-    graphs = [task for task in config.tasks if task.name != "gsm8k"]
-    return build_task(graphs[0]).generate(config.seed, "test", 0).prompt if graphs else "Hello"
+    closed = config.tokenizer.kind == "closed"
+    return build_task(config.tasks[0]).generate(config.seed, "test", 0).prompt if closed and config.tasks else "Hello"
 
 
 def _metrics_port(ray: Any) -> int:

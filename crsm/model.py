@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -126,8 +127,14 @@ def build_model(config: Config, tokenizer: Tokenizer, kernels: Kernels | None = 
     return CRSM(config.model_copy(update={"model": model}), kernels)
 
 
-def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
+def save_checkpoint(checkpoint: Checkpoint, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Writes a checkpoint folder; an existing one is replaced only once the new one is whole.
+
+    Args:
+        checkpoint: what is written.
+        path: the folder.
+        dtype: of the matrices in the file; None: as they are. Vectors (``A_log``, ``dt_bias``, norms, biases) keep
+            their own, and whoever loads the checkpoint computes in fp32 all the same.
 
     Raises:
         OSError: the disk is full or the place cannot be written; what was there before is untouched.
@@ -136,7 +143,10 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        state = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items()}
+        state = {
+            name: (tensor.to(dtype) if dtype is not None and tensor.dim() > 1 else tensor).contiguous()
+            for name, tensor in checkpoint.model.state_dict().items()
+        }
         if checkpoint.config.model.backbone.tie_embeddings:
             del state["lm_head.weight"]
         try:

@@ -72,6 +72,18 @@ def test_a_saved_checkpoint_comes_back_bit_for_bit(tmp_path: Path, tied: bool) -
     assert sorted(os.listdir(tmp_path / "deep" / "model")) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
+def test_matrices_saved_in_bf16_come_back_rounded_and_vectors_as_they_were(tmp_path: Path) -> None:
+    model = tiny_checkpoint().model
+    save_checkpoint(tiny_checkpoint(), tmp_path / "half", torch.bfloat16)
+    kept = load_file(tmp_path / "half" / "model.safetensors")
+    assert {tensor.dtype for tensor in kept.values() if tensor.dim() > 1} == {torch.bfloat16}
+    loaded = load_checkpoint(tmp_path / "half").model.state_dict()
+    for name, tensor in model.state_dict().items():
+        want = tensor.bfloat16().float() if tensor.dim() > 1 else tensor
+        assert loaded[name].dtype == torch.float32
+        assert torch.equal(loaded[name], want), name
+
+
 def test_the_hash_of_the_weights_tells_them_apart(tmp_path: Path) -> None:
     hashes = []
     for index, seed in enumerate((1, 1, 2)):

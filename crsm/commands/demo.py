@@ -30,13 +30,14 @@ def demo(
     Accuracy by the virtual clock, which no machine's speed can change; then some answers by the wall clock, where
     planners must not delay a token. Exit status 1 if they did, or if no plan was written.
     """
-    from crsm.evaluation.demo import check_demo, run_demo
+    from crsm.evaluation.demo import run_demo
+    from crsm.evaluation.figures import check_figure_path
     from jobs.checkpoints import limit_threads, load_with_settings
     from jobs.command import write_result
     from jobs.demo import demo_planners
 
     loaded = load_with_settings(checkpoint, config, overrides, seed)
-    check_demo(loaded, figure)
+    check_figure_path(figure)
     limit_threads()
     with demo_planners(loaded, actors) as (planners, kind):
         results, status = run_demo(loaded, planners, problems, pace, figure)

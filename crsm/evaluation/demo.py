@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crsm.config import DeliberationConfig, EngineConfig, PathStarConfig, TreePathConfig
+from crsm.config import DeliberationConfig, EngineConfig, PathStarConfig, TaskConfig, TreePathConfig
 from crsm.data.sequences import encode_prompt
 from crsm.engine import Engine
 from crsm.evaluation.figures import (
@@ -53,8 +53,9 @@ DELAY_ALLOWED = 0.25
 class Score:
     """One task so far."""
 
+    settings: TaskConfig
     task: Task
-    wanted: int
+    wanted: int = 0
     answers: list[tuple[Answer, Answer]] = field(default_factory=list)
     """System 1's and System 2's, per problem."""
     seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
@@ -88,7 +89,8 @@ class Score:
         def with_interval(right_M: np.ndarray) -> tuple[float, float, float]:
             return (float(right_M.mean()), *wilson_interval(int(right_M.sum()), count))
 
-        chance = float(np.mean([1 / len(pair[0].problem.data["routes"]) for pair in self.answers]))
+        routes = [len(pair[0].problem.data.get("routes", ())) for pair in self.answers]
+        chance = float(np.mean([1 / count for count in routes])) if all(routes) else None
         return Accuracies(self.task.name, chance, with_interval(one_M), with_interval(two_M), mcnemar(one_M, two_M))
 
 
@@ -109,25 +111,13 @@ class PacedAnswer:
         return [b - a for a, b in zip(self.seconds, self.seconds[1:], strict=False)]
 
 
-def check_demo(checkpoint: Checkpoint, figure: Path) -> None:
-    """Says now, and not after the work, that there is nothing to draw or nowhere to put it.
-
-    Raises:
-        ValueError: a task without graphs, or a picture in an unknown format.
-    """
-    check_figure_path(figure)
-    for task in checkpoint.config.tasks:
-        if not isinstance(task, PathStarConfig | TreePathConfig):
-            raise ValueError(f"task = {task.name!r} has no graph to draw; allowed: path_star, tree_path")
-
-
 def run_demo(
     checkpoint: Checkpoint, planners: Planners, count: int, pace: float, figure: Path
 ) -> tuple[dict[str, Any], int]:
     """Runs everything, prints the table, writes the picture.
 
     Args:
-        checkpoint: with graph tasks.
+        checkpoint: with tasks whose answers are verified; the first graphs of each kind are drawn.
         planners: System 2; not closed here.
         count: problems of each task.
         pace: tokens per second of the part by the wall clock.
@@ -136,16 +126,16 @@ def run_demo(
     Returns:
         The results, and the exit status: 0 if planners wrote plans and did not delay a token.
     """
-    check_demo(checkpoint, figure)
-    tasks = [build_task(task) for task in checkpoint.config.tasks]
-    scores = _by_virtual_clock(checkpoint, tasks, count, planners)
-    paced_1, paced_2 = _by_wall_clock(checkpoint, tasks, pace, planners)
+    check_figure_path(figure)
+    scores = [Score(settings, build_task(settings)) for settings in checkpoint.config.tasks]
+    _by_virtual_clock(checkpoint, scores, count, planners)
+    paced_1, paced_2 = _by_wall_clock(checkpoint, [score.task for score in scores], pace, planners)
     bars = [score.accuracies() for score in scores]
     (alone, worst_1), (planned, worst_2) = _median_and_longest(paced_1), _median_and_longest(paced_2)
     example = max(paced_2, key=lambda answer: sum(token.injection is not None for token in answer.tokens))
     note = f"Time between tokens: {1000 * alone:.0f} ms alone, {1000 * planned:.0f} ms with planners."
     timeline = _timeline(checkpoint, example, pace, note)
-    save_figure(demo_figure([_graph_example(score) for score in scores], bars, timeline), figure)
+    save_figure(demo_figure(_graph_examples(scores), bars, timeline), figure)
     _print_results(scores, bars)
     _say(
         f"at {pace:g} tokens/s by the wall clock the time between tokens is {1000 * alone:.1f} ms alone and "
@@ -190,8 +180,7 @@ def run_demo(
 # --------------------------------------------------------------------------------------------------- virtual clock
 
 
-def _by_virtual_clock(checkpoint: Checkpoint, tasks: Sequence[Task], count: int, planners: Planners) -> list[Score]:
-    scores = [Score(task, count) for task in tasks]
+def _by_virtual_clock(checkpoint: Checkpoint, scores: Sequence[Score], count: int, planners: Planners) -> None:
     engine = EngineConfig(clock="virtual", max_batch=checkpoint.config.engine.max_batch)
     sampling = checkpoint.config.sampling.model_copy(update={"temperature": 0.0})
     with _Board(scores) as board:
@@ -206,7 +195,6 @@ def _by_virtual_clock(checkpoint: Checkpoint, tasks: Sequence[Task], count: int,
                 lent.close()
                 score.add(one, two)
                 board.show()
-    return scores
 
 
 class _Board:
@@ -269,7 +257,8 @@ class _Board:
             )
             if done:
                 problem = score.answers[-1][0].problem
-                lines.append(Text(f"{problem.task}: from {problem.data['start']} to {problem.data['goal']}", "bold"))
+                asked = problem.prompt.rpartition("/ ")[2].removesuffix(" =")[-72:]
+                lines.append(Text(f"{problem.task}: {asked}", "bold"))
                 for name, answer in zip(("System 1", "System 2"), score.answers[-1], strict=True):
                     style = "green" if answer.correct else "red"
                     lines.append(Text(f"  {name}: {answer.text} {'✓' if answer.correct else '✗'}", style))
@@ -398,6 +387,15 @@ def _timeline(checkpoint: Checkpoint, answer: PacedAnswer, pace: float, note: st
 
 
 # ---------------------------------------------------------------------------------------------------------- results
+
+
+def _graph_examples(scores: Sequence[Score]) -> list[GraphExample]:
+    """One of each kind of tree."""
+    kinds: dict[type, Score] = {}
+    for score in scores:
+        if isinstance(score.settings, PathStarConfig | TreePathConfig):
+            kinds.setdefault(type(score.settings), score)
+    return [_graph_example(score) for score in kinds.values()]
 
 
 def _graph_example(score: Score) -> GraphExample:

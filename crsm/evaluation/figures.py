@@ -48,8 +48,8 @@ class Accuracies:
     """One task's bars."""
 
     task: str
-    chance: float
-    """Of guessing one of the possible ends."""
+    chance: float | None
+    """Of guessing one of the possible ends; None: they cannot be counted."""
     system_1: tuple[float, float, float]
     """Accuracy and its interval."""
     system_2: tuple[float, float, float]
@@ -115,7 +115,8 @@ def demo_figure(examples: Sequence[GraphExample], bars: Sequence[Accuracies], ti
         bottom=0.07,
         hspace=0.30,
     )
-    top = rows[0].subgridspec(1, len(examples) + 1, wspace=0.14, width_ratios=(*(1.0,) * len(examples), 1.05))
+    share = max(1.05, 0.55 * len(bars))
+    top = rows[0].subgridspec(1, len(examples) + 1, wspace=0.14, width_ratios=(*(1.0,) * len(examples), share))
     for column, example in enumerate(examples):
         draw_example(figure.add_subplot(top[0, column]), example)
     draw_accuracies(figure.add_subplot(top[0, len(examples)]), bars)
@@ -124,6 +125,11 @@ def demo_figure(examples: Sequence[GraphExample], bars: Sequence[Accuracies], ti
     gains = ",  ".join(
         f"{bar.task.replace('_', ' ')} {percent(bar.system_1[0])} → {percent(bar.system_2[0])}" for bar in bars
     )
+    if len(bars) > 3:
+        one, two = (
+            sum(system) / len(bars) for system in zip(*[(b.system_1[0], b.system_2[0]) for b in bars], strict=True)
+        )
+        gains = f"{len(bars)} kinds of problems, {percent(one)} → {percent(two)} on average"
     figure.text(0.07, 0.955, "It thinks while it speaks", fontsize=21, fontweight="bold", color=INK)
     figure.text(
         0.07,
@@ -223,6 +229,9 @@ def tree_layout(edges: Sequence[tuple[int, int]], root: int) -> dict[int, tuple[
 def draw_accuracies(axes: Axes, bars: Sequence[Accuracies]) -> None:
     """Bars with 95 % intervals, and the level of guessing."""
     width = 0.36
+    roomy = len(bars) <= 3
+    size = 13 if roomy else 9
+    guessed = next((bar for bar in bars if bar.chance is not None), None)
     for place, bar in enumerate(bars):
         for shift, (value, low, high), color, name in (
             (-width / 2 - 0.01, bar.system_1, SYSTEM_1, "System 1 alone"),
@@ -233,7 +242,9 @@ def draw_accuracies(axes: Axes, bars: Sequence[Accuracies]) -> None:
             axes.errorbar(
                 x, value, [[value - low], [high - value]], color=INK, capsize=4, linewidth=1.3, zorder=3, fmt="none"
             )
-            axes.text(x, high + 0.025, percent(value), ha="center", fontsize=13, fontweight="bold", color=color)
+            axes.text(x, high + 0.025, percent(value), ha="center", fontsize=size, fontweight="bold", color=color)
+        if bar.chance is None:
+            continue
         axes.plot(
             (place - 0.45, place + 0.45),
             (bar.chance,) * 2,
@@ -241,9 +252,10 @@ def draw_accuracies(axes: Axes, bars: Sequence[Accuracies]) -> None:
             linestyle=":",
             linewidth=1.8,
             zorder=4,
-            label="guessing" if place == 0 else None,
+            label="guessing" if bar is guessed else None,
         )
-    axes.set_xticks(range(len(bars)), [f"{bar.task.replace('_', ' ')}\n{_p_value(bar.p)}" for bar in bars], fontsize=12)
+    names = [f"{bar.task.replace('_', ' ')}\n{_p_value(bar.p)}" for bar in bars]
+    axes.set_xticks(range(len(bars)), names, fontsize=12 if roomy else 9)
     axes.set_ylim(0, 1.16)
     axes.set_yticks((0, 0.25, 0.5, 0.75, 1.0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -59,6 +59,15 @@ def test_the_demo_shows_problem_bars_and_timeline():
     assert len(demo_figure([EXAMPLE], [BARS], None).axes) == 2
 
 
+def test_many_tasks_share_one_panel_and_only_countable_ends_have_a_level_of_guessing():
+    unknown = Accuracies("maze", None, (0.2, 0.1, 0.3), (0.7, 0.6, 0.8), 1e-9)
+    figure = demo_figure([], [unknown, BARS, unknown, unknown], None)
+    (axes,) = figure.axes
+    guessing = [line for line in axes.lines if line.get_linestyle() == ":"]
+    assert [(line.get_label(), tuple(line.get_ydata())) for line in guessing] == [("guessing", (0.5, 0.5))]
+    assert "4 kinds of problems, 25% → 75% on average" in texts(figure)
+
+
 def test_a_picture_is_saved_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "demo.png"
     save_figure(demo_figure([EXAMPLE], [BARS], TIMELINE), path)
