@@ -17,17 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crsm.config import BackboneStageConfig
-from crsm.data.loader import TextLoader
-from crsm.data.mixture import build_mixture
-from crsm.data.sequences import TEXT, Batch, training_batch
+from crsm.data.sequences import Batch
 from crsm.data.tokenizer import Tokenizer
 from crsm.evaluation.statistics import roc_auc
 from crsm.model import CRSM
 from crsm.tasks.base import Task
+from crsm.training.rows import BackboneRows
 from crsm.training.stage import Metrics, Stage, scalar, tensor_for
-
-_EVALUATION_ROWS = 8
-"""Rows of held-out text that are looked at together."""
 
 
 class BackboneStage(Stage):
@@ -39,33 +35,10 @@ class BackboneStage(Stage):
         self, model: CRSM, settings: BackboneStageConfig, seed: int, tasks: Sequence[Task], tokenizer: Tokenizer
     ) -> None:
         super().__init__(model, settings, seed)
-        self.tasks, self.tokenizer = tasks, tokenizer
-        self.text = None if settings.text is None else TextLoader(settings.text, tokenizer, seed)
-        self.mixture = None
-        if settings.text is not None or settings.curriculum:
-            accumulate = settings.optimizer.accumulate
-            self.mixture = build_mixture(
-                settings,
-                {task.name: task.weight for task in tasks},
-                {} if self.text is None else self.text.tokens(),
-                rows=settings.batch // accumulate,
-                steps=settings.steps * accumulate,
-            )
+        self.rows = BackboneRows(settings, seed, tasks, tokenizer)
 
     def batch(self, step: int, micro: int, rank: int, world: int) -> list[Batch]:
-        accumulate = self.settings.optimizer.accumulate
-        return training_batch(
-            self.tasks,
-            self.tokenizer,
-            self.settings,
-            seed=self.seed,
-            step=step * accumulate + micro,
-            batch=self.settings.batch // accumulate,
-            rank=rank,
-            world=world,
-            mixture=self.mixture,
-            text=self.text,
-        )
+        return self.rows.batch(step, micro, rank, world)
 
     def forward(self, batch: list[Batch]) -> tuple[Tensor, Metrics]:
         entropy = self.model.fusion.entropy()
@@ -73,7 +46,7 @@ class BackboneStage(Stage):
         metrics: Metrics = {"fusion_entropy": scalar(entropy)}
         for part in batch:
             lm, value = language_and_value_loss(self.model, part)
-            name = self._name(part)
+            name = self.rows.name(part)
             metrics[f"loss/{name}"] = scalar(lm) / max(1, int(part.targets_mask_BT.sum()))
             metrics[f"value_loss/{name}"] = scalar(value) / max(1, int(part.value_mask_BT.sum()))
             # Sums over the whole step's totals: the same loss whatever the number of workers and tasks.
@@ -86,45 +59,14 @@ class BackboneStage(Stage):
     def evaluate(self) -> Metrics:
         """Held-out loss, perplexity, and AUC of every layer's value at the answer's last token."""
         metrics: Metrics = {}
-        for part in training_batch(
-            self.tasks,
-            self.tokenizer,
-            self.settings,
-            seed=self.seed,
-            step=0,
-            batch=self.settings.evaluate_problems,
-            split="valid",
-        ):
+        for part in self.rows.held_out():
             lm, _ = language_and_value_loss(self.model, part)
-            name = self._name(part)
+            name = self.rows.name(part)
             metrics[f"valid/loss/{name}"] = scalar(lm) / int(part.targets_mask_BT.sum())
             metrics[f"valid/perplexity/{name}"] = math.exp(metrics[f"valid/loss/{name}"])
             for layer, auc in enumerate(_value_auc(self.model, part)):
                 metrics[f"valid/value_auc/{name}/layer_{layer}"] = auc
-        return metrics | self._evaluate_text()
-
-    def _evaluate_text(self) -> Metrics:
-        """Loss, perplexity and bits per byte of every source with held-out text: the last does not depend on the
-        tokenizer."""
-        metrics: Metrics = {}
-        if self.text is None:
-            return metrics
-        bytes_V = self.tokenizer.byte_counts
-        for source in self.text.tokens("valid"):
-            loss, targets, size = 0.0, 0, 0
-            for part in self.text.held_out(source, self.settings.evaluate_problems, _EVALUATION_ROWS):
-                loss += scalar(language_and_value_loss(self.model, part)[0])
-                targets += part.step_targets
-                size += int(bytes_V[part.tokens_BT[part.targets_mask_BT]].sum())
-            if targets and size:
-                metrics[f"valid/loss/{source}"] = loss / targets
-                metrics[f"valid/perplexity/{source}"] = math.exp(loss / targets)
-                metrics[f"valid/bits_per_byte/{source}"] = loss / math.log(2) / size
-        return metrics
-
-    def _name(self, batch: Batch) -> str:
-        index = int(batch.task_index_B[0])
-        return "text" if index == TEXT else self.tasks[index].name
+        return metrics | self.rows.held_out_text(lambda part: scalar(language_and_value_loss(self.model, part)[0]))
 
 
 def language_and_value_loss(model: CRSM, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -92,9 +92,9 @@ def test_stage_1_learns_the_form_of_answers(make_stage):
     stage = make_stage("stage_1", "stage_1.steps=250", "stage_1.optimizer={lr: 5.0e-3, warmup: 10}")
     result = run_stage(stage)
     # Who knows the form but nothing else guesses each node among all labels, and the verdict.
-    (batch,) = training_batch(stage.tasks, stage.tokenizer, stage.settings, seed=0, step=0, batch=8, split="valid")
+    (batch,) = training_batch(stage.rows.tasks, stage.rows.tokenizer, stage.settings, seed=0, step=0, batch=8, split="valid")
     targets = batch.targets_mask_BT.sum() / batch.num_rows
-    task = stage.tasks[0]
+    task = stage.rows.tasks[0]
     nodes = len(task.generate(0, "valid", 0).solution.split()) - len(task.preamble.split())
     bound = (nodes * math.log(12) + math.log(2)) / targets
     assert result.metrics["valid/loss/path_star"] < bound
@@ -307,7 +307,7 @@ def test_a_stage_changes_its_parts_and_no_other(make_stage, name):
 
 def test_tokens_are_counted_without_padding(make_stage):
     stage = make_stage("stage_1")
-    problem = stage.tasks[0].generate(0, "train", 0)
+    problem = stage.rows.tasks[0].generate(0, "train", 0)
     sequence = len(f"{problem.prompt} {problem.solution}".split()) + 1  # of one length here; the verdict closes it
     assert count_tokens(stage.batch(0, 0, 0, 1)) == 8 * sequence
     assert [count_tokens(stage.batch(0, 0, rank, 2)) for rank in (0, 1)] == [4 * sequence] * 2

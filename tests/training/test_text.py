@@ -81,11 +81,11 @@ def test_the_loss_of_text_falls_and_held_out_text_is_measured_in_bits_per_byte(s
     for name in ("loss", "perplexity", "bits_per_byte"):
         assert 0 < result.metrics[f"valid/{name}/books"] < before[f"valid/{name}/books"]
     # Before training every token is about as likely as any other.
-    assert before["valid/loss/books"] == pytest.approx(math.log(stage.tokenizer.vocab_size), rel=0.1)
+    assert before["valid/loss/books"] == pytest.approx(math.log(stage.rows.tokenizer.vocab_size), rel=0.1)
     bits = before["valid/loss/books"] / math.log(2)
-    sizes = stage.tokenizer.byte_counts
+    sizes = stage.rows.tokenizer.byte_counts
     per_token = [
-        sizes[batch.tokens_BT[batch.targets_mask_BT]].mean() for batch in stage.text.held_out("books", 4, chunk=8)
+        sizes[batch.tokens_BT[batch.targets_mask_BT]].mean() for batch in stage.rows.text.held_out("books", 4, chunk=8)
     ]
     assert before["valid/bits_per_byte/books"] == pytest.approx(bits / per_token[0], rel=1e-6)
 

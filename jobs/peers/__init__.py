@@ -1,0 +1,1 @@
+"""Other people's models, trained beside ours on the same rows."""
