@@ -160,8 +160,8 @@ class TrainConfig(Settings):
     async_checkpoints: bool = False
     """Whether training goes on while a state is written."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16``: matrices are multiplied in bfloat16. Master weights, optimizer, ``A_log``, ``dt_bias`` and the recurrent
-    state are fp32 whatever it is."""
+    """``bf16``: matrices are multiplied in bfloat16. Master weights, optimizer, ``A_log``, ``dt_bias`` and the
+    recurrent state are fp32 whatever it is."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """``ddp``: every worker holds the whole model. ``fsdp``: weights, gradients and optimizer are sharded over the
     workers, for what one device does not hold; with one worker there is one shard."""
