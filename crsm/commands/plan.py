@@ -46,85 +46,84 @@ def plan(
 
 
 def _show(plan: Plan) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    train = plan.config.train
+    title = f"{plan.config.name} on {plan.devices} {plan.device.name}, {train.strategy}, {train.precision}"
+    checkpointed = ", activations checkpointed" if train.checkpoint_activations else ""
+    drawn = Table(title=Text(f"{title}{checkpointed}", "bold"), title_justify="left", box=box.SIMPLE, show_header=False)
+    drawn.add_column()
+    drawn.add_column(justify="right")
+    for section in (_parameter_rows(plan), _work_rows(plan), _memory_rows(plan), _time_rows(plan)):
+        for what, value in section:
+            drawn.add_row(Text(what), Text(value))
+        drawn.add_section()
+    console.print(drawn)
+    for remark in plan.notes:
+        console.print(Text(remark))
 
-    def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-        drawn = Table(title=Text(title, "bold"), title_justify="left")
-        for index, column in enumerate(columns):
-            drawn.add_column(column, justify="left" if index == 0 else "right")
-        for row in rows:
-            drawn.add_row(*map(Text, row))
-        console.print(drawn)
 
-    config, train, stage = plan.config, plan.config.train, plan.config.stage_1
+_Rows = list[tuple[str, str]]
+
+
+def _parameter_rows(plan: Plan) -> _Rows:
     counts = plan.parameters
-    table(
-        f"{config.name}: parameters",
-        ["part", "parameters"],
-        [
-            *([part, f"{count:,}"] for part, count in counts.items() if count),
-            ["together", f"{sum(counts.values()):,}"],
-            ["trained by stage 1", f"{plan.trained:,}"],
-        ],
-    )
-    groups = ", ".join(f"{group.rows} of {group.length} ({group.name})" for group in plan.workload.groups)
-    table(
-        f"on {plan.devices} {plan.device.name}, {train.strategy}, {train.precision}",
-        ["workload of stage 1", ""],
-        [
-            ["rows of a step", f"{stage.batch:,} in {stage.optimizer.accumulate} micro-batches"],
-            ["tokens of a step", f"{plan.workload.step_tokens:,.0f}"],
-            ["fullest micro-batch of a device", groups],
-            ["tokens of the stage", f"{plan.speed.tokens / 1e9:.2f} billion in {stage.steps:,} steps"],
-        ],
-    )
-    table("memory of a device, at its peak", ["what", "GB"], _memory_rows(plan))
-    table("communication and time", ["what", ""], _time_rows(plan))
-    for note in plan.workload.notes:
-        console.print(Text(note))
+    return [
+        *((f"parameters, {part}", f"{count:,}") for part, count in counts.items() if count),
+        ("parameters", f"{sum(counts.values()):,}"),
+        ("trained by stage 1", f"{plan.trained:,}"),
+    ]
 
 
-def _memory_rows(plan: Plan) -> list[list[str]]:
+def _work_rows(plan: Plan) -> _Rows:
+    stage, work = plan.config.stage_1, plan.workload
+    return [
+        ("rows of a step", f"{stage.batch:,} in {stage.optimizer.accumulate} micro-batches"),
+        ("tokens of a step", f"{work.step_tokens:,.0f}"),
+        ("fullest micro-batch of a device", ", ".join(f"{g.rows} x {g.length} {g.name}" for g in work.groups)),
+        ("tokens of stage 1", f"{plan.speed.tokens / 1e9:.3g} billion in {stage.steps:,} steps"),
+    ]
+
+
+def _memory_rows(plan: Plan) -> _Rows:
     from crsm.scaling.devices import GB
 
     memory = plan.memory
     return [
-        *([kind, f"{size / GB:.3f}"] for kind, size in memory.parts.items()),
-        [f"together ({memory.moment})", f"{memory.peak / GB:.3f}"],
-        [f"allowed: {plan.device.usable:.0%} of {plan.device.memory / GB:g}", f"{plan.device.room / GB:.3f}"],
-        ["peak if all activations are kept", f"{plan.memory_kept.peak / GB:.3f}"],
-        ["peak if they are checkpointed", f"{plan.memory_checkpointed.peak / GB:.3f}"],
+        *((f"{kind}, GB", f"{size / GB:.3f}") for kind, size in memory.parts.items()),
+        (f"peak of a device, GB ({memory.moment})", f"{memory.peak / GB:.3f}"),
+        (
+            f"there is room for, GB ({plan.device.usable:.0%} of {plan.device.memory / GB:g})",
+            f"{plan.device.room / GB:.3f}",
+        ),
+        ("peak with all activations kept, GB", f"{plan.memory_kept.peak / GB:.3f}"),
+        ("peak with activations checkpointed, GB", f"{plan.memory_checkpointed.peak / GB:.3f}"),
+        ("saved state of the training, GB", f"{plan.state_bytes / GB:.3f}"),
+        ("finished checkpoint in fp32, GB", f"{plan.checkpoint_bytes / GB:.3f}"),
     ]
 
 
-def _time_rows(plan: Plan) -> list[list[str]]:
+def _time_rows(plan: Plan) -> _Rows:
     from crsm.scaling.devices import GB
 
     sent, speed = plan.communication, plan.speed
-    rows = [["sent by a device in a step", f"{sent.total / GB:.3f} GB"]]
-    for name, size in (
-        ("all-reduce of gradients", sent.all_reduce),
-        ("all-gather of weights", sent.all_gather),
-        ("reduce-scatter of gradients", sent.reduce_scatter),
-    ):
-        if size:
-            rows.append([f"  {name}", f"{size / GB:.3f} GB"])
-    rows.append(["operations of a token", f"{speed.flops_per_token / 1e9:.3f} billion"])
+    parts = {
+        "all-reduce of gradients": sent.all_reduce,
+        "all-gather of weights": sent.all_gather,
+        "reduce-scatter of gradients": sent.reduce_scatter,
+    }
+    rows = [(f"sent by a device in a step: {name}, GB", f"{size / GB:.3f}") for name, size in parts.items() if size]
+    rows.append(("operations of a token, billions", f"{speed.flops_per_token / 1e9:.3f}"))
     if speed.tokens_per_second is None or speed.step_seconds is None or speed.days is None:
-        rows.append(["tokens per second", "not known: no peak for this device"])
-    else:
-        rows += [
-            [f"tokens per second at {plan.utilisation:.0%} of the peak", f"{speed.tokens_per_second:,.0f}"],
-            ["seconds of a step", f"{speed.step_seconds:.3f}"],
-            ["to be sent meanwhile, to hide it", f"{sent.total / speed.step_seconds / GB:.1f} GB/s"],
-            ["days of stage 1", f"{speed.days:.2f}"],
-        ]
+        return [*rows, ("tokens per second", "not known: no peak for this device")]
     return [
         *rows,
-        ["saved state of the training", f"{plan.state_bytes / GB:.2f} GB"],
-        ["finished checkpoint, fp32", f"{plan.checkpoint_bytes / GB:.2f} GB"],
+        (f"tokens per second at {plan.utilisation:.0%} of the peak", f"{speed.tokens_per_second:,.0f}"),
+        ("seconds of a step", f"{speed.step_seconds:.3f}"),
+        ("GB/s of a device that hide what is sent", f"{sent.total / speed.step_seconds / GB:.1f}"),
+        ("days of stage 1", f"{speed.days:.3g}"),
     ]

@@ -57,7 +57,9 @@ DEVICES = {
     )
 }
 
-_FORM = re.compile(r"(?:(?P<count>[0-9]+)x)?(?P<name>[A-Za-z0-9-]+?)(?::(?P<memory>[0-9]+(?:\.[0-9]+)?)GB)?", re.ASCII)
+_FORM = re.compile(
+    r"(?:(?P<count>[0-9]+)x)?(?P<name>[A-Za-z][A-Za-z0-9-]*?)(?::(?P<memory>[0-9]+(?:\.[0-9]+)?)GB)?", re.ASCII
+)
 MAX_DEVICES = 1 << 20
 
 

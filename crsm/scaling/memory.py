@@ -91,14 +91,19 @@ class Layout:
 
 
 def steady_bytes(model: ModelConfig, layout: Layout) -> dict[str, int]:
-    """What is held from step to step by one worker, gradients included."""
+    """What one worker holds from step to step, gradients included.
+
+    FSDP2 shards what is trained; frozen weights lie whole on every worker, and so do gradients while they are summed
+    over micro-batches.
+    """
     total, trained = sum(count_parameters(model).values()), trained_parameters(model)
     shards = layout.workers if layout.sharded else 1
+    summed = layout.sharded and layout.accumulated
     return {
-        WEIGHTS: FP32 * total // shards,
-        GRADIENTS: FP32 * trained // shards,
-        OPTIMIZER: 2 * FP32 * trained // shards,
-        AVERAGE: FP32 * trained // shards if layout.ema else 0,
+        WEIGHTS: FP32 * (total - trained + -(-trained // shards)),
+        GRADIENTS: FP32 * (trained if summed else -(-trained // shards)),
+        OPTIMIZER: 2 * FP32 * -(-trained // shards),
+        AVERAGE: FP32 * -(-trained // shards) if layout.ema else 0,
         # DDP copies gradients into buckets of its own, all of them together as large as the gradients.
         BUCKETS: FP32 * trained if layout.workers > 1 and not layout.sharded else 0,
     }
@@ -126,29 +131,46 @@ class _Step:
             ledger.hold(kind, steady[kind])
         if self.layout.accumulated:
             ledger.hold(GRADIENTS, steady[GRADIENTS])
-        self._copies()
+        self._gather()
+        ledger.hold(COPIES, self.sizes.n_layer * self._cast_layer + self._cast_head)
         for group in self.groups:
             self._forward(group)
+        if self.layout.checkpoint:
+            ledger.drop(COPIES, self.sizes.n_layer * self._cast_layer)
         for place, group in enumerate(reversed(self.groups)):
             self._backward(group, first=place == 0, last=place == len(self.groups) - 1)
         return ledger
 
     # ---------------------------------------------------------------------------------------------------- weights
 
-    def _copies(self) -> None:
-        """Autocast's bf16 copies of the matrices, or what FSDP2 has gathered: the tables, and two layers of which one
-        is on its way while the other computes."""
-        layout, sizes = self.layout, self.sizes
-        matrices = self.shape.in_proj + self.shape.out_proj
-        tables = sizes.vocab_size * sizes.d_model
-        if layout.sharded and layout.workers > 1:
-            self.ledger.hold(COPIES, layout.width * (tables + 2 * self.shape.total))
-        elif layout.bf16:
-            self.ledger.hold(COPIES, 2 * (sizes.n_layer * matrices + tables))
+    @property
+    def _gathers(self) -> bool:
+        """Whether weights come from other workers."""
+        return self.layout.sharded and self.layout.workers > 1
 
     @property
-    def _layer_gradient(self) -> int:
-        return FP32 * self.shape.total
+    def _matrices(self) -> int:
+        """Of a layer, in bytes of the type that they are multiplied in."""
+        return self.layout.width * (self.shape.in_proj + self.shape.out_proj)
+
+    def _gather(self) -> None:
+        """FSDP2: the tables stay gathered, in fp32, from the forward to the backward pass; of the layers, one computes,
+        one is on its way, and one more is the buffer that it arrives in."""
+        if self._gathers:
+            self.ledger.hold(COPIES, self.table + 3 * (self._matrices + FP32 * self.shape.small))
+
+    def _cast(self, size: int) -> int:
+        """Bytes of autocast's copies, which its cache keeps to the end of the forward pass and the graph to the
+        backward pass. What FSDP2 gathers is bf16 already."""
+        return size if self.layout.bf16 else 0
+
+    @property
+    def _cast_layer(self) -> int:
+        return 0 if self._gathers else self._cast(self._matrices)
+
+    @property
+    def _cast_head(self) -> int:
+        return self._cast(self.table // 2)
 
     # ---------------------------------------------------------------------------------------------------- forward
 
@@ -175,9 +197,10 @@ class _Step:
             ledger.hold(LOGITS, FP32 * group.targets * sizes.d_model)
         ledger.hold(LOGITS, width * group.targets * sizes.d_model)  # normed
         logits = group.targets * sizes.vocab_size
-        with ledger.briefly(LOGITS, width * logits):
-            with ledger.briefly(LOGITS, FP32 * logits if layout.bf16 else 0):  # as fp32, for the softmax
-                ledger.hold(LOGITS, FP32 * logits)  # log softmax
+        with ledger.briefly(LOGITS, FP32 * logits):
+            with ledger.briefly(LOGITS, self._cast(width * logits)):  # before they are made fp32
+                pass
+            ledger.hold(LOGITS, FP32 * logits)  # log softmax
             judged = FP32 * group.values * sizes.n_layer * sizes.d_model
             ledger.hold(STREAMS, 2 * judged)  # gathered, and normed
             with ledger.briefly(WORK, judged):
@@ -238,6 +261,8 @@ class _Step:
             pass
         ledger.drop(LOGITS, width * logits)
         ledger.drop(LOGITS, width * group.targets * sizes.d_model)
+        if last:
+            ledger.drop(COPIES, self._cast_head)
         ledger.enter(f"{group.name}, backward of the mixture")
         gathered = FP32 * group.targets * layers * sizes.d_model
         with ledger.briefly(WORK, gathered):  # of the weights, before the sum
@@ -258,14 +283,18 @@ class _Step:
         saved = self._saved(group)
         for _ in range(layers):
             if layout.checkpoint:
-                ledger.hold(LAYERS, saved + stream)  # computed again, its output too
-                ledger.drop(LAYERS, stream)
+                ledger.hold(COPIES, self._cast_layer)
+                with ledger.briefly(LAYERS, stream):  # its output
+                    ledger.hold(LAYERS, saved)  # computed again
             self._layer_backward(group, saved, stream, first, last)
+            if layout.checkpoint or last:
+                ledger.drop(COPIES, self._cast_layer)
         ledger.drop(LAYERS, self._state(group.rows))
         ledger.drop(WORK, stream)
         ledger.drop(STREAMS, streams)
         with ledger.briefly(WORK, self.table):  # of the embedding, before it is added
-            pass
+            if self._gathers and sizes.tie_embeddings:
+                ledger.drop(WORK, self.table)  # what waited for it, in the buffer that is sent
         if not sizes.tie_embeddings:
             self._table_gradient(first)
 
@@ -281,7 +310,7 @@ class _Step:
             work += self._scan_work(group)
         out = width * positions * inner
         with ledger.briefly(WORK, width * positions * inner):
-            self._layer_gradients(FP32 * self.shape.out_proj, first, last)
+            self._gradients(FP32 * self.shape.out_proj, first, last)
             ledger.drop(LAYERS, out)
             with ledger.briefly(WORK, work - out):
                 pass
@@ -290,7 +319,7 @@ class _Step:
         ledger.drop(LAYERS, saved - out - normed)
         with ledger.briefly(WORK, projection):
             with ledger.briefly(WORK, normed):
-                self._layer_gradients(FP32 * (self.shape.in_proj + self.shape.small), first, last)
+                self._gradients(FP32 * (self.shape.in_proj + self.shape.small), first, last)
         ledger.drop(LAYERS, normed)
         with ledger.briefly(WORK, normed + stream):
             pass
@@ -307,31 +336,28 @@ class _Step:
         scores = group.rows * chunks * chunk * chunk
         return FP32 * scores + 2 * (FP32 + width) * states + 4 * FP32 * group.positions * sizes.n_heads
 
-    def _layer_gradients(self, size: int, first: bool, last: bool) -> None:
-        """Gradients of a layer's weights. Those of several groups are summed before they are added to what earlier
-        micro-batches left, so that both are there."""
-        self._gradients(size, first, last)
-
     def _gradients(self, size: int, first: bool, last: bool) -> None:
+        """Gradients of some weights. Those of several groups are summed before they are added to what earlier
+        micro-batches left, so that both are there."""
         ledger, layout = self.ledger, self.layout
-        if layout.sharded and layout.workers > 1:
-            with ledger.briefly(WORK, size):
+        if self._gathers:
+            # As they are computed, and in fp32 in the buffer that is sent.
+            with ledger.briefly(WORK, self._cast(size // 2) + size):
                 if first and not layout.accumulated:
-                    ledger.hold(GRADIENTS, size // layout.workers)
-            return
-        if not first:
-            with ledger.briefly(WORK, size):
-                pass
-        elif not layout.accumulated:
+                    ledger.hold(GRADIENTS, -(-size // layout.workers))
+        elif first and not (layout.accumulated and last):
             ledger.hold(GRADIENTS, size)
-        elif last:
-            with ledger.briefly(WORK, size):
-                pass
         else:
-            ledger.hold(GRADIENTS, size)
+            with ledger.briefly(WORK, size):
+                pass
 
     def _table_gradient(self, first: bool) -> None:
         """Of the head's matrix; where it is the embedding too, it waits for that one's."""
+        if self._gathers and self.sizes.tie_embeddings:
+            self.ledger.hold(WORK, self.table)
+            if first and not self.layout.accumulated:
+                self.ledger.hold(GRADIENTS, -(-self.table // self.layout.workers))
+            return
         self._gradients(self.table, first, last=not self.sizes.tie_embeddings)
 
 

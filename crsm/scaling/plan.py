@@ -20,7 +20,7 @@ from crsm.scaling.memory import (
     steady_bytes,
     step_ledger,
 )
-from crsm.scaling.parameters import count_parameters, trained_parameters
+from crsm.scaling.parameters import count_parameters, layer_shape, trained_parameters
 from crsm.scaling.rows import Workload, stage_1_workload, vocabulary
 
 
@@ -47,7 +47,7 @@ class Communication:
     all_gather: float
     """Of weights, for the forward and the backward pass of every micro-batch."""
     reduce_scatter: float
-    """Of gradients in fp32, in every micro-batch."""
+    """Of gradients in fp32, once a step."""
 
     @property
     def total(self) -> float:
@@ -96,6 +96,14 @@ class Plan:
         return self.memory.peak <= self.device.room
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What had to be assumed."""
+        own = ()
+        if self.kernels == "cuda":
+            own = ("memory: what mamba-ssm's kernels save was read from their source, not measured",)
+        return (*own, *self.workload.notes)
+
+    @property
     def state_bytes(self) -> int:
         """Of a saved state of the training: trained weights, both moments, and averaged weights if there are any."""
         copies = 4 if self.config.stage_1.optimizer.ema is not None else 3
@@ -136,6 +144,7 @@ class Plan:
             "multiply_adds_per_token": dataclasses.asdict(self.cost) | {"forward": self.cost.forward},
             "speed": dataclasses.asdict(self.speed) | {"utilisation": self.utilisation},
             "fits": self.fits,
+            "notes": list(self.notes),
         }
 
 
@@ -153,6 +162,9 @@ def make_plan(config: Config, devices: int, device: Device, utilisation: float =
     """
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation = {utilisation}; allowed: more than 0, at most 1")
+    if device.is_cpu and config.train.precision == "bf16":
+        # The C++ kernels take fp32 only; what the reference keeps instead is not planned for.
+        raise ValueError("train.precision = 'bf16' on a CPU; allowed: fp32 (--set train.precision=fp32)")
     config = _on(config, devices, device)
     workload = stage_1_workload(config, devices)
     return _plan(config, devices, device, utilisation, workload)
@@ -219,9 +231,15 @@ def _communication(config: Config, devices: int, trained: int) -> Communication:
     share = (devices - 1) / devices
     if config.train.strategy == "ddp":
         return Communication(2 * share * FP32 * trained, 0.0, 0.0)
+    sizes = config.model.backbone
+    shape = layer_shape(sizes)
+    matrices = sizes.n_layer * (shape.in_proj + shape.out_proj)
     width = 2 if config.train.precision == "bf16" else FP32
+    # Layers are gathered for both passes; what belongs to none stays gathered between them.
+    rest = trained - sizes.n_layer * shape.total
+    gathered = 2 * (width * matrices + FP32 * sizes.n_layer * shape.small) + FP32 * rest
     times = config.stage_1.optimizer.accumulate
-    return Communication(0.0, 2 * times * share * width * trained, times * share * FP32 * trained)
+    return Communication(0.0, times * share * gathered, share * FP32 * trained)
 
 
 def _speed(
