@@ -11,6 +11,7 @@ from crsm.commands.demo import demo
 from crsm.commands.doctor import doctor
 from crsm.commands.generate import generate
 from crsm.commands.inspect import inspect
+from crsm.commands.plan import plan
 from crsm.commands.replay import replay
 from crsm.commands.serve import serve
 
@@ -45,7 +46,7 @@ def _root(
     pass
 
 
-for command in (generate, replay, inspect, demo, serve, doctor):
+for command in (generate, replay, inspect, demo, serve, doctor, plan):
     app.command()(command)
 
 

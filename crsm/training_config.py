@@ -156,6 +156,19 @@ class TrainConfig(Settings):
     max_failures: Annotated[int, Field(ge=0)] = 1
     """Restarts of a failed worker group before the job gives up; what a preempted node breaks is not counted."""
     keep_checkpoints: Positive = 2
+    """States of a run that are kept, the newest ones; older ones are removed."""
+    async_checkpoints: bool = False
+    """Whether training goes on while a state is written."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16``: matrices are multiplied in bfloat16. Master weights, optimizer, ``A_log``, ``dt_bias`` and the
+    recurrent state are fp32 whatever it is."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """``ddp``: every worker holds the whole model. ``fsdp``: weights, gradients and optimizer are sharded over the
+    workers, for what one device does not hold; with one worker there is one shard."""
+    checkpoint_activations: bool = False
+    """Whether a layer's activations are computed again in the backward pass instead of being kept."""
+    compile: bool = False
+    """Whether the backbone goes through ``torch.compile``."""
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Where the curves go; ``wandb`` and ``mlflow`` need the extras of these names."""
 

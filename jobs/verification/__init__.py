@@ -1,0 +1,1 @@
+"""What checks the project's own predictions against measurements."""
