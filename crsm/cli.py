@@ -10,6 +10,7 @@ from crsm import __version__
 from crsm.commands.demo import demo
 from crsm.commands.doctor import doctor
 from crsm.commands.generate import generate
+from crsm.commands.import_ import import_
 from crsm.commands.inspect import inspect
 from crsm.commands.replay import replay
 from crsm.commands.serve import serve
@@ -47,6 +48,7 @@ def _root(
 
 for command in (generate, replay, inspect, demo, serve, doctor):
     app.command()(command)
+app.command("import")(import_)
 
 
 if __name__ == "__main__":
