@@ -24,7 +24,7 @@ FOLDER = "stage_1.bootstrap"
 
 
 def needs_attempts(settings: Config) -> bool:
-    """Whether the settings ask for attempts, of a bootstrap or of a frozen backbone, and a task has no recorded ones."""
+    """Whether a bootstrapped or a frozen backbone has to make attempts: a task has no recorded ones."""
     return (settings.stage_1.bootstrap_steps > 0 or settings.stage_1.freeze_backbone) and any(
         task.name == "gsm8k" and task.attempts_path is None for task in settings.tasks
     )

@@ -88,8 +88,8 @@ def _copy_tensors(model: CRSM, layout: Layout, tensors: Mapping[str, Tensor], so
         own.copy_(_checked(left.pop(found), found, own, source))
     if tied and _HEAD in left:
         # The same matrix a second time, as mamba-ssm saves it: it has to be the same.
-        head, own = left.pop(_HEAD), model.backbone.embedding.weight
-        if not torch.equal(_checked(head, _HEAD, own, source).to(own.dtype), own):
+        shared = model.backbone.embedding.weight
+        if not torch.equal(_checked(left.pop(_HEAD), _HEAD, shared, source).to(shared.dtype), shared):
             raise ValueError(
                 f"{source}: tensor {_HEAD!r} differs from the embedding; allowed: the same numbers, as the "
                 "configuration ties them"

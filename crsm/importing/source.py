@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ def locate_source(source: str, revision: str | None = None) -> Path:
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision = {revision!r} of the folder {source!r}; allowed: with a name of the hub")
+        if not (folder / CONFIG).is_file():
+            raise ValueError(f"{folder}: no {CONFIG}; allowed: a folder with {CONFIG} and weights")
         return folder
     if not _HUB_NAME.fullmatch(source):
         raise ValueError(
@@ -81,14 +84,14 @@ class _Hub:
 
     def __init__(self, name: str, revision: str | None) -> None:
         try:
-            self._client: Any = importlib.import_module("huggingface_hub")
+            client: Any = importlib.import_module("huggingface_hub")
         except ImportError as error:
             raise ValueError(
                 f"{name!r} is no folder here, and to fetch it from the hub needs the extra `hub` "
                 "(pip install 'crsm[hub]'); allowed: a folder"
             ) from error
-        self._name = name
-        info = self._ask(lambda: self._client.HfApi().model_info(name, revision=revision))
+        self._name, self._api = name, client.HfApi()
+        info = self._ask(lambda: self._api.model_info(name, revision=revision))
         self._commit = info.sha
         self.files = {entry.rfilename for entry in info.siblings}
 
@@ -96,9 +99,9 @@ class _Hub:
         """A file's copy; all files of a commit lie in one folder."""
         if file not in self.files:
             raise ValueError(f"{self._name} on the hub has no {file}; allowed: a model that has one")
-        return Path(self._ask(lambda: self._client.hf_hub_download(self._name, file, revision=self._commit)))
+        return Path(self._ask(lambda: self._api.hf_hub_download(self._name, file, revision=self._commit)))
 
-    def _ask(self, question: Any) -> Any:
+    def _ask(self, question: Callable[[], Any]) -> Any:
         try:
             return question()
         except Exception as error:  # Each of the client's own dependencies raises its own errors.

@@ -33,7 +33,7 @@ _EVALUATION_ROWS = 8
 
 class BackboneStage(Stage):
     name = "stage_1"
-    trains = ("backbone", "lm_head", "fusion", "critic")
+    trains: tuple[str, ...] = ("backbone", "lm_head", "fusion", "critic")
     settings: BackboneStageConfig
 
     def __init__(

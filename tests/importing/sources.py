@@ -1,4 +1,4 @@
-"""Stand-ins of public checkpoints: random Mamba-2s of transformers, in both layouts, with a tokenizer from elsewhere."""
+"""Stand-ins of public checkpoints: random Mamba-2s in both layouts, with a tokenizer from elsewhere."""
 
 import functools
 import json
