@@ -43,7 +43,11 @@ def import_(
 
     found = locate_source(source, revision)
     checkpoint = import_checkpoint(
-        found, locate_tokenizer(tokenizer, source, found), name=folder.resolve().name, seed=seed
+        found,
+        locate_tokenizer(tokenizer, source, found),
+        name=folder.resolve().name,
+        source=found.resolve().name if Path(source).is_dir() else f"{source}@{found.name}",  # the commit
+        seed=seed,
     )
     save_checkpoint(checkpoint, folder)
     sizes, vocabulary = checkpoint.config.model.backbone, checkpoint.tokenizer
@@ -57,7 +61,7 @@ def import_(
         "trainable": vocabulary.has_verdicts,
     }
     note(
-        f"{source}: {results['tensors']} tensors in the layout of {results['layout']}, "
+        f"{results['source']}: {results['tensors']} tensors in the layout of {results['layout']}, "
         f"{parameters['backbone'] + parameters['lm_head']:,} parameters -> {folder}"
     )
     if not vocabulary.has_verdicts:

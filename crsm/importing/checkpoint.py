@@ -25,13 +25,16 @@ _HEAD = "lm_head.weight"
 _EMBEDDING = "backbone.embedding.weight"
 
 
-def import_checkpoint(folder: Path, tokenizer_file: Path, *, name: str, seed: int = 0) -> Checkpoint:
+def import_checkpoint(
+    folder: Path, tokenizer_file: Path, *, name: str, source: str | None = None, seed: int = 0
+) -> Checkpoint:
     """The checkpoint that a source makes.
 
     Args:
         folder: of ``config.json`` and weights.
         tokenizer_file: the ``tokenizer.json`` that the source was trained with.
         name: of the new model.
+        source: what its report calls where it comes from; None: the folder's name.
         seed: of the new parts' weights.
 
     Raises:
@@ -45,7 +48,7 @@ def import_checkpoint(folder: Path, tokenizer_file: Path, *, name: str, seed: in
         model = build_model(_settings(layout, tokenizer, name, seed), tokenizer)
     _copy_tensors(model, layout, tensors, str(folder))
     model.fusion.use_last_layer()
-    report = {"import": {"layout": layout.name, "tensors": len(tensors)}}
+    report = {"import": {"source": source or folder.name, "layout": layout.name, "tensors": len(tensors)}}
     return Checkpoint(model.eval(), tokenizer, trust_horizon=None, model_version=0, report=report)
 
 

@@ -32,9 +32,9 @@ def test_a_folder_becomes_a_checkpoint_that_can_be_inspected_and_asked(crsm, tmp
     status, out, err = crsm("import", "../sources/tied", "runs/tied", "--seed", "5", "--json", "-")
     assert status == 0, err
     results = json.loads(out)["results"]
-    assert results["layout"] == "mamba-ssm" and results["tensors"] == 30
+    assert (results["source"], results["layout"], results["tensors"]) == ("tied", "mamba-ssm", 30)
     assert (results["tokens"], results["rows"], results["trainable"]) == (303, 304, True)
-    assert err.startswith("../sources/tied: 30 tensors in the layout of mamba-ssm, ") and err.count("\n") == 1
+    assert err.startswith("tied: 30 tensors in the layout of mamba-ssm, ") and err.count("\n") == 1
     checkpoint = load_checkpoint("runs/tied")
     assert checkpoint.config.name == "tied" and checkpoint.config.seed == 5
     assert results["parameters"] == checkpoint.model.num_parameters()

@@ -110,14 +110,13 @@ def test_a_saved_model_of_mamba_ssm_may_be_safetensors_too(tmp_path):
     folder = save_mamba_ssm(model, tmp_path / "source")
     (folder / "pytorch_model.bin").unlink()
     save_file(mamba_ssm_weights(model), folder / "model.safetensors")
-    assert imported(folder).report["import"] == {"layout": "mamba-ssm", "tensors": 3 * 9 + 3}
+    assert imported(folder).report["import"] == {"source": "source", "layout": "mamba-ssm", "tensors": 3 * 9 + 3}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("layout", SAVE)
-def test_the_logits_are_the_sources_at_the_sizes_of_mamba2_130m(layout, tmp_path):
-    theirs = random_model(
+@pytest.fixture(scope="module")
+def large():
+    """Of the sizes of mamba2-130m."""
+    model = random_model(
         vocab_size=50288,
         hidden_size=768,
         num_hidden_layers=24,
@@ -128,20 +127,26 @@ def test_the_logits_are_the_sources_at_the_sizes_of_mamba2_130m(layout, tmp_path
         tie_word_embeddings=True,
     )
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(0.2)  # spread as trained ones are: the residual stream must not drown its layers
-    folder = SAVE[layout](theirs, tmp_path / "source")
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("layout", SAVE)
+def test_the_logits_are_the_sources_at_the_sizes_of_mamba2_130m(large, layout, tmp_path):
+    folder = SAVE[layout](large, tmp_path / "source")
     config = json.loads((folder / "config.json").read_text())
     if layout == "mamba-ssm":  # to the letter as in the public repositories
         config |= {"vocab_size": 50277, "ssm_cfg": {"layer": "Mamba2"}}
         (folder / "config.json").write_text(json.dumps(config))
     checkpoint = imported(folder)
-    counts = checkpoint.model.num_parameters()
-    assert counts["backbone"] == theirs.num_parameters() == 128_989_632
+    assert checkpoint.model.num_parameters()["backbone"] == large.num_parameters() == 128_989_632
     tokens = some_tokens(300, batch=1, rows=50277)
     with torch.no_grad():
-        want = theirs(tokens).logits
+        want = large(tokens).logits
     assert float(want.std()) > 0.5
     assert float((logits_of(checkpoint.model, tokens) - want).abs().max()) <= 1e-4
     first = tokens[:, :20]
