@@ -10,6 +10,7 @@ from crsm import __version__
 from crsm.commands.demo import demo
 from crsm.commands.doctor import doctor
 from crsm.commands.generate import generate
+from crsm.commands.import_ import import_
 from crsm.commands.inspect import inspect
 from crsm.commands.plan import plan
 from crsm.commands.replay import replay
@@ -48,6 +49,7 @@ def _root(
 
 for command in (generate, replay, inspect, demo, serve, doctor, plan):
     app.command()(command)
+app.command("import")(import_)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,8 @@ def load_checkpoint(
         kernels: None: the best of the machine.
         config: settings the caller expects; their ``model`` must be the checkpoint's.
         renewable: parts (``world_model``, ``writer``) that may be of other settings in ``config``: such a part is made
-            anew, from torch's global generator, for whoever is about to train it.
+            anew, from torch's global generator, for whoever is about to train it. What was measured of the old one
+            holds no more: the gates are shut, and the trust horizon of another world model is unknown.
 
     Raises:
         ValueError: missing, truncated or altered files, another format, other sizes, tensors that are missing, left
@@ -249,10 +250,12 @@ def load_checkpoint(
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     model = build_model(saved, tokenizer, kernels)
     load_weights(model, path / "model.safetensors", renewed)
+    if renewed:
+        model.gate.shut()
     return Checkpoint(
         model.eval(),
         tokenizer,
-        trust_horizon=description["trust_horizon"],
+        trust_horizon=None if "world_model" in renewed else description["trust_horizon"],
         model_version=int(description["model_version"]),
         report=description["report"],
         weights_hash=description["files"]["model.safetensors"]["sha256"][:16],

@@ -72,6 +72,9 @@ class CurriculumPoint(Settings):
 class BackboneStageConfig(StageConfig):
     steps: Positive = 5000
     batch: Positive = 64
+    freeze_backbone: bool = False
+    """Train the critics alone, on the states of a backbone that stays what it is: what System 1 says is not changed.
+    For imported weights; they judge what these states tell apart, and no more."""
     value_weight: Annotated[float, Field(ge=0)] = 0.5
     fusion_entropy: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the bonus on the entropy of the fusion weights."""
@@ -81,7 +84,7 @@ class BackboneStageConfig(StageConfig):
     """Steps of a first training on solutions alone, for open text without recorded attempts: the model that it gives
     makes them. 0: none."""
     bootstrap_problems: Positive = 1024
-    """Training problems at which the bootstrapped model makes an attempt each."""
+    """Training problems at which the bootstrapped model, or the frozen one, makes an attempt each."""
     text: TextConfig | None = None
     curriculum: tuple[CurriculumPoint, ...] = ()
     """In ascending order; before the first point its shares hold, after the last one the last's. Empty: the weights are
@@ -94,6 +97,14 @@ class BackboneStageConfig(StageConfig):
             raise ValueError(f"curriculum.at = {at}; allowed: ascending, each once")
         if self.text is None and any(point.share is not None for point in self.curriculum):
             raise ValueError("curriculum.share without text; allowed: stage_1.text with its shards")
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_backbone_learns_no_text(self) -> BackboneStageConfig:
+        if self.freeze_backbone and self.bootstrap_steps:
+            raise ValueError(f"bootstrap_steps = {self.bootstrap_steps} with freeze_backbone; allowed: 0")
+        if self.freeze_backbone and self.text is not None:
+            raise ValueError("text with freeze_backbone; allowed: null, as text has no verdicts to learn from")
         return self
 
 

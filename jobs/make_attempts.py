@@ -10,7 +10,7 @@ import json as jsonlib
 import sys
 from typing import TYPE_CHECKING
 
-from jobs.runs import describe_outcome, run_folder
+from jobs.runs import check_source, describe_outcome, resolve, run_folder, within_reach
 from jobs.stage_3_value_head import roll_out_jobs
 from jobs.storage import StoragePath
 from jobs.train import train_stage
@@ -24,8 +24,8 @@ FOLDER = "stage_1.bootstrap"
 
 
 def needs_attempts(settings: Config) -> bool:
-    """Whether the settings ask for a bootstrap, and a task has no recorded attempts."""
-    return settings.stage_1.bootstrap_steps > 0 and any(
+    """Whether a bootstrapped or a frozen backbone has to make attempts: a task has no recorded ones."""
+    return (settings.stage_1.bootstrap_steps > 0 or settings.stage_1.freeze_backbone) and any(
         task.name == "gsm8k" and task.attempts_path is None for task in settings.tasks
     )
 
@@ -42,21 +42,30 @@ def with_attempts(settings: Config, path: StoragePath) -> Config:
 def bootstrap(
     settings: Config, source: str | StoragePath | None, storage: str, name: str
 ) -> tuple[Config, StoragePath]:
-    """Trains on solutions alone and makes the attempts; both are skipped where an earlier start made them.
+    """Trains on solutions alone and makes the attempts; both are skipped where an earlier start made them. A frozen
+    backbone is not trained: it makes them as it is.
 
     Returns:
         The settings with the attempts in them, and the checkpoint from which stage 1 goes on.
     """
-    first = settings.stage_1.model_copy(update={"steps": settings.stage_1.bootstrap_steps})
-    outcome = train_stage(
-        "stage_1", settings.model_copy(update={"stage_1": first}), source, storage, name, folder_name=FOLDER
-    )
-    print(f"bootstrap: {describe_outcome(outcome)}", file=sys.stderr)
-    path = run_folder(storage, name) / FOLDER / "attempts.jsonl"
+    folder = run_folder(storage, name) / FOLDER
+    if settings.stage_1.freeze_backbone:
+        check_source("stage_1", settings, source)
+        assert source is not None
+        maker = resolve(source)
+    else:
+        first = settings.stage_1.model_copy(update={"steps": settings.stage_1.bootstrap_steps})
+        outcome = train_stage(
+            "stage_1", settings.model_copy(update={"stage_1": first}), source, storage, name, folder_name=FOLDER
+        )
+        print(f"bootstrap: {describe_outcome(outcome)}", file=sys.stderr)
+        maker = outcome.checkpoint
+    path = folder / "attempts.jsonl"
     if not path.is_file():
-        records = roll_out_jobs(settings, outcome.checkpoint, plan_attempts(settings), "attempts")
-        path.write_text(attempts_jsonl(settings, records))
-    return with_attempts(settings, path), outcome.checkpoint
+        folder.check_writable()
+        within = within_reach(maker, folder)
+        path.write_text(attempts_jsonl(settings, roll_out_jobs(settings, within, plan_attempts(settings), "attempts")))
+    return with_attempts(settings, path), maker
 
 
 def plan_attempts(settings: Config) -> list[RolloutJob]:
@@ -109,7 +118,7 @@ def attempts_jsonl(settings: Config, records: list[Record]) -> str:
             lines.append(jsonlib.dumps(attempt, ensure_ascii=False) + "\n")
     if not lines:
         raise ValueError(
-            f"none of {len(records)} attempts came to an end; allowed: more stage_1.bootstrap_steps, or a larger "
-            "sampling.max_tokens"
+            f"none of {len(records)} attempts came to an end; allowed: more stage_1.bootstrap_steps (without "
+            "freeze_backbone), or a larger sampling.max_tokens"
         )
     return "".join(lines)

@@ -48,6 +48,11 @@ def draw_report(reports: Reports, path: Path, title: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def trained(reports: Reports) -> list[tuple[str, Mapping[str, Any]]]:
+    """The stages that have run, in their order; a checkpoint's report may say other things too."""
+    return [(stage, reports[stage]) for stage in TITLES if stage in reports]
+
+
 def series(report: Mapping[str, Any], prefix: str) -> dict[str, tuple[list[float], list[float]]]:
     """Figures of the curve whose name starts with ``prefix``: steps and values by the rest of the name."""
     found: dict[str, tuple[list[float], list[float]]] = {}
@@ -61,7 +66,7 @@ def series(report: Mapping[str, Any], prefix: str) -> dict[str, tuple[list[float
 
 
 def _losses(axes: Axes, reports: Reports) -> None:
-    for stage, report in sorted(reports.items()):
+    for stage, report in trained(reports):
         for name, (steps, values) in series(report, "loss").items():
             if name == "":
                 axes.plot([step / steps[-1] for step in steps], values, label=TITLES[stage])
@@ -131,10 +136,10 @@ def _summary(axes: Axes, reports: Reports) -> None:
 def summary_lines(reports: Reports) -> Iterable[str]:
     """The run in figures."""
     yield f"{'stage':<14} {'steps':>6} {'seconds':>8} {'tokens/s':>9}"
-    for stage, report in sorted(reports.items()):
+    for stage, report in trained(reports):
         rate = f"{report['tokens_per_second']:,.0f}"
         yield f"{TITLES[stage]:<14} {report['steps']:>6} {report['seconds']:>8.0f} {rate:>9}"
-    yield f"{'together':<14} {'':>6} {sum(report['seconds'] for report in reports.values()):>8.0f}"
+    yield f"{'together':<14} {'':>6} {sum(report['seconds'] for _, report in trained(reports)):>8.0f}"
     judged = reports.get("stage_3", {})
     for row in judged.get("rounds", []):
         for task, systems in row["accuracy"].items():

@@ -180,6 +180,17 @@ def resolve(checkpoint: str | Path | StoragePath) -> StoragePath:
     return place
 
 
+def check_source(stage: str, config: Config, checkpoint: object | None) -> None:
+    """
+    Raises:
+        ValueError: a stage that needs a checkpoint to start from has none.
+    """
+    if checkpoint is None and stage != "stage_1":
+        raise ValueError(f"{stage} starts from a checkpoint; allowed: that of an earlier stage")
+    if checkpoint is None and config.stage_1.freeze_backbone:
+        raise ValueError("stage_1.freeze_backbone without a checkpoint; allowed: --checkpoint DIR, an imported one")
+
+
 def local_copy(checkpoint: str | Path | StoragePath) -> Path:
     """The folder of a checkpoint on this machine; see :func:`jobs.storage.fetch`."""
     return fetch(resolve(checkpoint), MARKER)

@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, NoReturn
 
 from jobs import train_worker
 from jobs.command import commit
-from jobs.runs import MARKER, STAGES, Outcome, Work, fingerprint, read_report, resolve, run_folder, within_reach
+from jobs.runs import (
+    MARKER,
+    STAGES,
+    Outcome,
+    Work,
+    check_source,
+    fingerprint,
+    read_report,
+    resolve,
+    run_folder,
+    within_reach,
+)
 from jobs.storage import StoragePath
 from jobs.trackers import check_trackers
 from jobs.train_progress import failure_callback, start_board, watched
@@ -64,8 +75,7 @@ def train_stage(
     """
     if stage not in STAGES:
         raise ValueError(f"stage = {stage!r}; allowed: {', '.join(STAGES)}")
-    if input_checkpoint is None and stage != "stage_1":
-        raise ValueError(f"{stage} starts from a checkpoint; allowed: that of an earlier stage")
+    check_source(stage, config, input_checkpoint)
     folder = run_folder(storage_path, run_name) / (folder_name or stage)
     source = None if input_checkpoint is None else resolve(input_checkpoint)
     work = Work(

@@ -16,7 +16,7 @@ LAYERS = (
     {"mamba_ssm", "fusion", "critic", "latent_dynamics", "plan_writer"},
     {"search", "injection", "gate", "delta_buffer"},
     {"model"},
-    {"decoding"},
+    {"decoding", "importing"},
     {"reasoning"},
     {
         "computation_value",

@@ -323,8 +323,22 @@ def test_a_part_that_is_about_to_be_trained_may_be_made_anew_with_other_settings
         load_checkpoint(saved, config=asked, renewable=("world_model",))
     after = load_checkpoint(saved, config=asked, renewable=("writer",))
     assert after.model.writer.u.out_features == before.model.writer.u.out_features // writer.rank * wider.rank
-    kept = {name: tensor for name, tensor in before.model.state_dict().items() if not name.startswith("writer.")}
+    renewed = ("writer.", "gate.calibrated")
+    kept = {name: tensor for name, tensor in before.model.state_dict().items() if not name.startswith(renewed)}
     assert all(torch.equal(after.model.state_dict()[name], tensor) for name, tensor in kept.items())
+
+
+def test_what_was_measured_of_a_part_does_not_hold_for_a_new_one(tmp_path: Path) -> None:
+    save_checkpoint(dataclasses.replace(tiny_checkpoint(), trust_horizon=5), tmp_path / "measured")
+    for part in ("world_model", "writer"):
+        model = tiny_config().model
+        other = model.model_copy(update={part: getattr(model, part).model_copy(update={"width": 20})})
+        asked = tiny_config().model_copy(update={"model": other})
+        renewed = load_checkpoint(tmp_path / "measured", config=asked, renewable=("world_model", "writer"))
+        assert not bool(renewed.model.gate.calibrated)
+        assert renewed.trust_horizon == (None if part == "world_model" else 5)
+    same = load_checkpoint(tmp_path / "measured", config=tiny_config(), renewable=("world_model", "writer"))
+    assert bool(same.model.gate.calibrated) and same.trust_horizon == 5
 
 
 def test_a_renewable_part_with_the_same_settings_keeps_its_weights(saved: Path) -> None:

@@ -3,7 +3,8 @@
 ``loss = CE(next token) + value_weight · BCE(value heads, outcome) − fusion_entropy · H(fusion)``
 
 The critics learn from whole attempts, right and wrong ones, together with the backbone: value heads that are added to a
-frozen backbone afterwards learn nothing, because nothing in its state then tells good from bad.
+frozen backbone of this size afterwards learn nothing, because nothing in its state then tells good from bad. Imported
+weights have seen more, so that there the critics may be trained alone (``freeze_backbone``): the loss is then the BCE.
 """
 
 from __future__ import annotations
@@ -28,12 +29,19 @@ from crsm.training.stage import Metrics, Stage, scalar, tensor_for
 
 class BackboneStage(Stage):
     name = "stage_1"
-    trains = ("backbone", "lm_head", "fusion", "critic")
+    trains: tuple[str, ...] = ("backbone", "lm_head", "fusion", "critic")
     settings: BackboneStageConfig
 
     def __init__(
         self, model: CRSM, settings: BackboneStageConfig, seed: int, tasks: Sequence[Task], tokenizer: Tokenizer
     ) -> None:
+        if settings.freeze_backbone:
+            self.trains = ("critic",)
+            if without := [task.name for task in tasks if not task.has_attempts]:
+                raise ValueError(
+                    f"stage_1.freeze_backbone with task {without[0]!r}, which has no attempts to learn from; allowed: "
+                    "tasks that make them, or gsm8k with attempts_path (jobs.pipeline makes them)"
+                )
         super().__init__(model, settings, seed)
         self.rows = BackboneRows(settings, seed, tasks, tokenizer)
 
@@ -41,6 +49,8 @@ class BackboneStage(Stage):
         return self.rows.batch(step, micro, rank, world)
 
     def forward(self, batch: list[Batch]) -> tuple[Tensor, Metrics]:
+        if self.settings.freeze_backbone:
+            return self._value_loss(batch)
         entropy = self.model.fusion.entropy()
         loss = -self.settings.fusion_entropy * entropy
         metrics: Metrics = {"fusion_entropy": scalar(entropy)}
@@ -51,6 +61,23 @@ class BackboneStage(Stage):
             metrics[f"value_loss/{name}"] = scalar(value) / max(1, int(part.value_mask_BT.sum()))
             # Sums over the whole step's totals: the same loss whatever the number of workers and tasks.
             loss = loss + self.world / part.step_targets * lm
+            loss = loss + self.settings.value_weight * self.world / max(1, part.step_values) * value
+        metrics["loss"] = scalar(loss)
+        return loss, metrics
+
+    def _value_loss(self, batch: list[Batch]) -> tuple[Tensor, Metrics]:
+        """Of the critics alone."""
+        metrics: Metrics = {}
+        loss = 0.0 * self.model.critic.bias_L.sum()  # a worker's part may hold no judged token
+        for part in batch:
+            value_BT = tensor_for(self.model, part.value_mask_BT)
+            with torch.no_grad():
+                hidden_BTLD, _ = self.model.backbone(
+                    tensor_for(self.model, part.tokens_BT), segment_BT=_segments(self.model, part)
+                )
+            outcome_M = tensor_for(self.model, part.outcome_BT)[value_BT]
+            value = value_loss(self.model, hidden_BTLD[value_BT], outcome_M).sum()
+            metrics[f"value_loss/{self._name(part)}"] = scalar(value) / max(1, int(part.value_mask_BT.sum()))
             loss = loss + self.settings.value_weight * self.world / max(1, part.step_values) * value
         metrics["loss"] = scalar(loss)
         return loss, metrics

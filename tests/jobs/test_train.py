@@ -345,6 +345,12 @@ def test_the_summary_tells_time_accuracy_and_gates():
     assert "0.97 of those right" in "\n".join(summary_lines(opened))
 
 
+def test_the_report_of_imported_weights_has_an_entry_that_is_no_stage(tmp_path):
+    imported = {"import": {"source": "state-spaces/mamba2-130m", "layout": "mamba-ssm", "tensors": 243}, **reports()}
+    assert list(summary_lines(imported)) == list(summary_lines(reports()))
+    draw_report(imported, tmp_path / "report.png", "run: training")
+
+
 def test_numbers_that_json_lacks_become_null():
     plain = train_worker.finite({"a": [float("nan"), 1.5], "b": (float("inf"),)})
     assert json.dumps(plain) == '{"a": [null, 1.5], "b": [null]}'
