@@ -9,8 +9,10 @@ import typer
 from crsm import __version__
 from crsm.commands.demo import demo
 from crsm.commands.doctor import doctor
+from crsm.commands.export import export
 from crsm.commands.generate import generate
 from crsm.commands.inspect import inspect
+from crsm.commands.push import push
 from crsm.commands.replay import replay
 from crsm.commands.serve import serve
 
@@ -45,7 +47,7 @@ def _root(
     pass
 
 
-for command in (generate, replay, inspect, demo, serve, doctor):
+for command in (generate, replay, inspect, demo, serve, export, push, doctor):
     app.command()(command)
 
 

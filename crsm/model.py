@@ -2,7 +2,8 @@
 
 A checkpoint is a folder of ``config.json``, ``model.safetensors`` and ``tokenizer.json``. It is written beside its
 place and moved there whole; ``config.json`` holds size and hash of the other files, so that a truncated or mixed-up
-checkpoint is refused with both values named.
+checkpoint is refused with both values named. A folder that ``crsm export`` wrote is a checkpoint too: the same
+description is called ``crsm.json`` there, and the weights lie in several files.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
 FILES = ("model.safetensors", "tokenizer.json")
 """Files of a checkpoint whose size and hash ``config.json`` holds."""
+EXPORTED = "crsm.json"
+"""The description in an exported folder, whose ``config.json`` is for transformers."""
 PARTS = ("backbone", "lm_head", "fusion", "critic", "world_model", "writer", "gate")
 
 
@@ -149,7 +152,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
             "crsm_version": __version__,
             "model_version": checkpoint.model_version,
             "trust_horizon": checkpoint.trust_horizon,
-            "files": {name: _fingerprint(staging / name) for name in FILES},
+            "files": {name: fingerprint(staging / name) for name in FILES},
             "config": checkpoint.config.model_dump(mode="json"),
             "report": checkpoint.report,
         }
@@ -182,7 +185,8 @@ def _move_into_place(staging: Path, path: Path) -> None:
         os.rename(staging, path)
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, as a description has them."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -228,25 +232,35 @@ def load_checkpoint(
             over or of another shape; both values are named.
     """
     path = resolve_checkpoint(name)
-    description = _read_description(path)
-    for file in FILES:
-        _check_file(path / file, description["files"][file])
-    saved = parse_config(description["config"], source=f"{path / 'config.json'}")
+    description = check_files(path)
+    saved = parse_config(description["config"], source=f"{_description_file(path)}")
     renewed: tuple[str, ...] = ()
     if config is not None:
         saved, renewed = _renew(saved, config, renewable)
         _check_same_model(saved, config, path)
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     model = build_model(saved, tokenizer, kernels)
-    load_weights(model, path / "model.safetensors", renewed)
+    load_weights(model, [path / name for name in description["files"] if name.endswith(".safetensors")], renewed)
     return Checkpoint(
         model.eval(),
         tokenizer,
         trust_horizon=description["trust_horizon"],
         model_version=int(description["model_version"]),
         report=description["report"],
-        weights_hash=description["files"]["model.safetensors"]["sha256"][:16],
+        weights_hash=description.get("weights_hash") or description["files"]["model.safetensors"]["sha256"][:16],
     )
+
+
+def check_files(path: Path) -> dict[str, Any]:
+    """The description of a checkpoint's folder whose files are those that it names.
+
+    Raises:
+        ValueError: it cannot be read, or a file is missing, truncated or altered.
+    """
+    description = _read_description(path)
+    for file, want in description["files"].items():
+        _check_file(path / file, want)
+    return description
 
 
 def _renew(saved: Config, config: Config, renewable: Collection[str]) -> tuple[Config, tuple[str, ...]]:
@@ -256,16 +270,20 @@ def _renew(saved: Config, config: Config, renewable: Collection[str]) -> tuple[C
     return saved.model_copy(update={"model": saved.model.model_copy(update=renewed)}), tuple(renewed)
 
 
-def load_weights(model: CRSM, path: Path, renewed: Collection[str] = ()) -> None:
-    """Fills every tensor of ``model`` from a safetensors file, but for those of the parts in ``renewed``.
+def load_weights(model: CRSM, files: Path | Sequence[Path], renewed: Collection[str] = ()) -> None:
+    """Fills every tensor of ``model`` from safetensors files, but for those of the parts in ``renewed``.
 
     Raises:
         ValueError: naming the first tensor that is missing, left over, or of another shape.
     """
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+    files = [files] if isinstance(files, Path) else list(files)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
+    path = files[0] if len(files) == 1 else files[0].parent
     own = {name: tensor for name, tensor in model.state_dict().items() if name.split(".")[0] not in renewed}
     tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in renewed}
     if model.config.model.backbone.tie_embeddings:
@@ -283,8 +301,12 @@ def load_weights(model: CRSM, path: Path, renewed: Collection[str] = ()) -> None
     model.load_state_dict(tensors, strict=False)
 
 
+def _description_file(path: Path) -> Path:
+    return path / EXPORTED if (path / EXPORTED).is_file() else path / "config.json"
+
+
 def _read_description(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
+    file = _description_file(path)
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -295,16 +317,19 @@ def _read_description(path: Path) -> dict[str, Any]:
     missing = {"files", "config", "trust_horizon", "model_version", "report"} - set(description)
     if missing:
         raise ValueError(f"{file}: key {sorted(missing)[0]!r} is missing")
-    for name in FILES:
+    names = [*FILES, *description["files"]] if file.name != EXPORTED else ["tokenizer.json", *description["files"]]
+    for name in names:
         if not {"bytes", "sha256"} <= set(description["files"].get(name, {})):
             raise ValueError(f"{file}: files.{name} is missing; allowed: its bytes and sha256")
+        if Path(name).name != name:
+            raise ValueError(f"{file}: files.{name} lies elsewhere; allowed: files of the folder")
     return description
 
 
 def _check_file(path: Path, want: dict[str, Any]) -> None:
     if not path.is_file():
         raise ValueError(f"{path}: missing; the checkpoint names it with {want['bytes']} bytes")
-    found = _fingerprint(path)
+    found = fingerprint(path)
     if found["bytes"] != want["bytes"]:
         raise ValueError(f"{path}: {found['bytes']} bytes; the checkpoint names {want['bytes']}")
     if found["sha256"] != want["sha256"]:
