@@ -8,7 +8,6 @@ description is called ``crsm.json`` there, and the weights lie in several files.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from crsm import __version__
 from crsm.config import Config, parse_config
 from crsm.critic import Critic
 from crsm.data.tokenizer import Tokenizer
+from crsm.description import FILES, FORMAT, check_files, description_file, fingerprint
 from crsm.fusion import Fusion
 from crsm.gate import Gate
 from crsm.kernels import Kernels
@@ -34,12 +34,7 @@ from crsm.mamba_ssm import Backbone
 from crsm.plan_writer import PlanWriter
 from crsm.types import ModelState
 
-FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
-FILES = ("model.safetensors", "tokenizer.json")
-"""Files of a checkpoint whose size and hash ``config.json`` holds."""
-EXPORTED = "crsm.json"
-"""The description in an exported folder, whose ``config.json`` is for transformers."""
 PARTS = ("backbone", "lm_head", "fusion", "critic", "world_model", "writer", "gate")
 
 
@@ -185,12 +180,6 @@ def _move_into_place(staging: Path, path: Path) -> None:
         os.rename(staging, path)
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and hash of a file, as a description has them."""
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def use_settings(checkpoint: Checkpoint, config: Config) -> None:
     """Puts settings that fit the weights in the place of a checkpoint's own."""
     checkpoint.model.config = config
@@ -233,7 +222,7 @@ def load_checkpoint(
     """
     path = resolve_checkpoint(name)
     description = check_files(path)
-    saved = parse_config(description["config"], source=f"{_description_file(path)}")
+    saved = parse_config(description["config"], source=str(description_file(path)))
     renewed: tuple[str, ...] = ()
     if config is not None:
         saved, renewed = _renew(saved, config, renewable)
@@ -249,18 +238,6 @@ def load_checkpoint(
         report=description["report"],
         weights_hash=description.get("weights_hash") or description["files"]["model.safetensors"]["sha256"][:16],
     )
-
-
-def check_files(path: Path) -> dict[str, Any]:
-    """The description of a checkpoint's folder whose files are those that it names.
-
-    Raises:
-        ValueError: it cannot be read, or a file is missing, truncated or altered.
-    """
-    description = _read_description(path)
-    for file, want in description["files"].items():
-        _check_file(path / file, want)
-    return description
 
 
 def _renew(saved: Config, config: Config, renewable: Collection[str]) -> tuple[Config, tuple[str, ...]]:
@@ -299,41 +276,6 @@ def load_weights(model: CRSM, files: Path | Sequence[Path], renewed: Collection[
     if left_over:
         raise ValueError(f"{path}: tensor {left_over[0]!r} is not one of the model's")
     model.load_state_dict(tensors, strict=False)
-
-
-def _description_file(path: Path) -> Path:
-    return path / EXPORTED if (path / EXPORTED).is_file() else path / "config.json"
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    file = _description_file(path)
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not a whole JSON file: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        found = description.get("format") if isinstance(description, dict) else type(description).__name__
-        raise ValueError(f"{file}: format = {found!r}; allowed: {FORMAT}")
-    missing = {"files", "config", "trust_horizon", "model_version", "report"} - set(description)
-    if missing:
-        raise ValueError(f"{file}: key {sorted(missing)[0]!r} is missing")
-    names = [*FILES, *description["files"]] if file.name != EXPORTED else ["tokenizer.json", *description["files"]]
-    for name in names:
-        if not {"bytes", "sha256"} <= set(description["files"].get(name, {})):
-            raise ValueError(f"{file}: files.{name} is missing; allowed: its bytes and sha256")
-        if Path(name).name != name:
-            raise ValueError(f"{file}: files.{name} lies elsewhere; allowed: files of the folder")
-    return description
-
-
-def _check_file(path: Path, want: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path}: missing; the checkpoint names it with {want['bytes']} bytes")
-    found = fingerprint(path)
-    if found["bytes"] != want["bytes"]:
-        raise ValueError(f"{path}: {found['bytes']} bytes; the checkpoint names {want['bytes']}")
-    if found["sha256"] != want["sha256"]:
-        raise ValueError(f"{path}: sha256 {found['sha256'][:16]}…; the checkpoint names {want['sha256'][:16]}…")
 
 
 def _check_same_model(saved: Config, config: Config, path: Path) -> None:

@@ -73,9 +73,9 @@ def _head(name: str, licence: str) -> list[str]:
         "",
         f"# {name}",
         "",
-        "A Continuous Reasoning State Model: a Mamba-2 language model (System 1) with planners (System 2) that search",
-        "ahead in a learned latent space while it speaks. A plan is a small, gated write into the recurrent state; there",
-        "are no thinking tokens. Without planners it is a plain language model.",
+        "A Continuous Reasoning State Model: a Mamba-2 language model (System 1) with planners (System 2) that search "
+        "ahead in a learned latent space while it speaks. A plan is a small, gated write into the recurrent state; "
+        "there are no thinking tokens. Without planners it is a plain language model.",
     ]
 
 
@@ -88,10 +88,10 @@ def _parts(checkpoint: Checkpoint, dtype: str) -> list[str]:
         "",
         *table(("part", "parameters", "what it is"), [*rows, ("together", f"{sum(counts.values()):,}", "")]),
         "",
-        f"{sizes.n_layer} layers, width {sizes.d_model}, state {sizes.n_heads} × {sizes.headdim} × {sizes.d_state} a layer, "
-        f"{checkpoint.tokenizer.vocab_size:,} tokens ({_tokenizer(checkpoint)}). Matrices in {dtype}. "
-        "`model*.safetensors` holds System 1, `system_2*.safetensors` the planners' parts, `crsm.json` all settings and the "
-        "report of the training.",
+        f"{sizes.n_layer} layers, width {sizes.d_model}, state {sizes.n_heads} × {sizes.headdim} × {sizes.d_state} a "
+        f"layer, {checkpoint.tokenizer.vocab_size:,} tokens ({_tokenizer(checkpoint)}). Matrices in {dtype}. "
+        "`model*.safetensors` holds System 1, `system_2*.safetensors` the planners' parts, `crsm.json` all settings "
+        "and the report of the training.",
     ]
 
 
@@ -110,7 +110,7 @@ def _use(name: str, checkpoint: Checkpoint) -> list[str]:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'path = "{name}"  # this folder or repository',
-        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
         "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)",
         'inputs = tokenizer(["…"], return_tensors="pt", padding=True)',
         "print(tokenizer.batch_decode(model.generate(**inputs)))",
@@ -253,8 +253,8 @@ def _figures(checkpoint: Checkpoint) -> list[str]:
     if "system1_right" in gates:
         lines += [
             "",
-            f"Gates, on {_whole(gates.get('plans'))} plans: {_figure(gates.get('written'))} of them are written; of the "
-            f"written ones {_figure(gates.get('written_right'))} lead to a right answer, of all plans "
+            f"Gates, on {_whole(gates.get('plans'))} plans: {_figure(gates.get('written'))} of them are written; of "
+            f"the written ones {_figure(gates.get('written_right'))} lead to a right answer, of all plans "
             f"{_figure(gates.get('plan_right'))}, of System 1's own continuations {_figure(gates['system1_right'])}. "
             f"Calibration error {_figure(gates.get('ece'))}, AUC {_figure(gates.get('auc'))}.",
         ]
@@ -262,7 +262,11 @@ def _figures(checkpoint: Checkpoint) -> list[str]:
 
 
 def _benchmarks(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["## System 1 against System 2", "", "On the same problems, by the virtual clock; 95 % intervals."]
+    lines = [
+        "## System 1 against System 2",
+        "",
+        "On the same problems, by the virtual clock; in brackets the confidence intervals.",
+    ]
     rows, commands = [], []
     for record in results:
         runs = record["results"].get("lags") or [record["results"]]
@@ -301,7 +305,8 @@ def _limits(
     lines = ["## Limits", ""]
     if tokenizer.kind == "closed":
         lines.append(
-            f"* It reads and writes {tokenizer.vocab_size} words and refuses all others. It knows its tasks and nothing else."
+            f"* It reads and writes {tokenizer.vocab_size} words and refuses all others. It knows its tasks and "
+            "nothing else."
         )
     else:
         lines.append(

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from crsm import __version__
 from crsm.config import BackboneConfig
-from crsm.model import EXPORTED, FORMAT, Checkpoint, fingerprint
+from crsm.description import EXPORTED, FORMAT, fingerprint
+from crsm.model import Checkpoint
 from crsm.release.card import model_card
 from crsm.release.folder import new_folder
 

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from crsm.model import EXPORTED, check_files
+from crsm.description import EXPORTED, check_files
 
 ITS_OWN = ".gitattributes"
 """The hub makes it with the repository."""

@@ -58,8 +58,8 @@ def check_fusion(checkpoint: Checkpoint) -> None:
     elsewhere = float(checkpoint.model.fusion.weights_L[:-1].detach().sum())
     if elsewhere > ROUNDING:
         raise ValueError(
-            f"fusion has {elsewhere:.3g} of its weight on layers before the last one; allowed: {ROUNDING:g} at most for "
-            "the plain Mamba-2 layout, which has no mixture of layers"
+            f"fusion has {elsewhere:.3g} of its weight on layers before the last one; allowed: {ROUNDING:g} at most "
+            "for the plain Mamba-2 layout, which has no mixture of layers"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -11,7 +11,7 @@ class CRSMConfig(PretrainedConfig):
     """System 1's sizes under the names of ``mamba-ssm``; System 2's settings lie in ``crsm.json``."""
 
     model_type = "crsm"
-    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}  # noqa: RUF012: transformers reads it so
+    attribute_map: ClassVar = {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}
 
     def __init__(
         self,

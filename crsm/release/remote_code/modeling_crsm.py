@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -186,8 +186,8 @@ class CRSMForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = CRSMConfig
     base_model_prefix = "backbone"
     _is_stateful = True  # a recurrent state cannot be cut back, as speculative decoding would
-    _no_split_modules = ["Layer"]  # noqa: RUF012: transformers reads it so
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "mixer.D", "fusion"]  # noqa: RUF012
+    _no_split_modules: ClassVar = ["Layer"]
+    _keep_in_fp32_modules_strict: ClassVar = ["A_log", "dt_bias", "mixer.D", "fusion"]
 
     def __init__(self, config: CRSMConfig) -> None:
         super().__init__(config)
