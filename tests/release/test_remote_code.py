@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -378,12 +378,51 @@ def test_llama_cpp_has_a_name_for_every_tensor_of_the_mamba2_layout(tmp_path: Pa
     checkpoint = tiny_checkpoint(tiny_config(tied=tied))
     checkpoint.model.fusion.use_last_layer()
     export_mamba2(checkpoint, tmp_path / "plain")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MAMBA2, checkpoint.config.model.backbone.n_layer)
-    found = {
-        name: names.get_name(
-            name.removesuffix(".dt_bias") + ".dt_proj.bias" if name.endswith("dt_bias") else name,
-            try_suffixes=(".weight", ".bias"),
-        )
-        for name in load_file(tmp_path / "plain" / "model.safetensors")
-    }
-    assert not [name for name, theirs in found.items() if theirs is None]
+    weights = load_file(tmp_path / "plain" / "model.safetensors")
+    found = _llama_names(gguf, weights, checkpoint.config.model.backbone.n_layer)
+    assert len(set(found.values())) == len(weights)
+
+
+def _llama_names(gguf: ModuleType, weights: Iterable[str], layers: int) -> dict[str, str]:
+    """llama.cpp's names of the tensors. Its converter calls ``dt_bias`` ``dt_proj.bias`` before it looks."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MAMBA2, layers)
+    found = {}
+    for name in weights:
+        asked = name.replace(".dt_bias", ".dt_proj.bias")
+        found[name] = names.get_name(asked, try_suffixes=(".weight", ".bias"))
+        assert found[name] is not None, name
+    return found
+
+
+@pytest.mark.slow
+def test_llama_cpps_converter_takes_the_mamba2_layout(tmp_path: Path) -> None:
+    """With the tokenizer of GPT-NeoX, which it has built in; every tensor arrives, A_log as -exp(A_log)."""
+    from safetensors.torch import load_file
+
+    from crsm.data import Tokenizer
+    from crsm.model import build_model
+    from jobs.speed.build_llama_bench import VERSION
+
+    gguf = _gguf()
+    sources = ROOT / "build" / "llama" / f"llama_cpp_python-{VERSION}" / "vendor" / "llama.cpp"
+    if not sources.is_dir():
+        pytest.skip("llama.cpp's sources are not there: make llama-bench")
+    tokenizer = Tokenizer.closed(["yes", "no", *(f"w{index}" for index in range(50_288 - 4))])
+    checkpoint = Checkpoint(build_model(tiny_config(tied=True), tokenizer), tokenizer)
+    checkpoint.model.fusion.use_last_layer()
+    export_mamba2(checkpoint, tmp_path / "plain")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "plain" / name).unlink()
+    arguments = [tmp_path / "plain", "--outtype", "f32", "--outfile", tmp_path / "plain.gguf"]
+    subprocess.run(
+        [sys.executable, sources / "convert_hf_to_gguf.py", *arguments],
+        env=os.environ | {"PYTHONPATH": str(sources / "gguf-py")},
+        check=True,
+        capture_output=True,
+    )
+    converted = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "plain.gguf").tensors}
+    weights = load_file(tmp_path / "plain" / "model.safetensors")
+    assert len(converted) == len(weights)
+    for name, theirs in _llama_names(gguf, weights, layers=2).items():
+        want = -weights[name].exp() if name.endswith("A_log") else weights[name]
+        torch.testing.assert_close(torch.tensor(converted[theirs]).flatten(), want.flatten())
