@@ -187,7 +187,7 @@ class CRSMForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "backbone"
     _is_stateful = True  # a recurrent state cannot be cut back, as speculative decoding would
     _no_split_modules: ClassVar = ["Layer"]
-    _keep_in_fp32_modules_strict: ClassVar = ["A_log", "dt_bias", "mixer.D", "fusion"]
+    _keep_in_fp32_modules_strict: ClassVar = ["A_log", "dt_bias", "D", "fusion"]
 
     def __init__(self, config: CRSMConfig) -> None:
         super().__init__(config)
