@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, dtype: torch.dtype
     Args:
         checkpoint: what is written.
         path: the folder.
-        dtype: of the matrices in the file; None: as they are. Vectors (``A_log``, ``dt_bias``, norms, biases) keep
-            their own, and whoever loads the checkpoint computes in fp32 all the same.
+        dtype: of the matrices in the file (see :func:`cast_matrices`); None: as they are. Whoever loads the checkpoint
+            computes in fp32 all the same.
 
     Raises:
         OSError: the disk is full or the place cannot be written; what was there before is untouched.
@@ -142,8 +142,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, dtype: torch.dtype
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         state = {
-            name: (tensor.to(dtype) if dtype is not None and tensor.dim() > 1 else tensor).contiguous()
-            for name, tensor in checkpoint.model.state_dict().items()
+            name: tensor.contiguous() for name, tensor in cast_matrices(checkpoint.model.state_dict(), dtype).items()
         }
         if checkpoint.config.model.backbone.tie_embeddings:
             del state["lm_head.weight"]
@@ -173,6 +172,14 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path, dtype: torch.dtype
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def cast_matrices(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Matrices in ``dtype``; what has one axis (norms, ``A_log``, ``dt_bias``, ``D``, biases, gates) as it is."""
+    return {
+        name: tensor.to(dtype) if dtype is not None and tensor.ndim >= 2 and tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
 
 
 def _move_into_place(staging: Path, path: Path) -> None:

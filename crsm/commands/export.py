@@ -16,8 +16,11 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that does not exist yet.")],
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option("--dtype", help="Of matrices; vectors stay fp32.")] = "fp32",
     layout: Annotated[
-        Literal["crsm", "mamba2"],
-        typer.Option("--layout", help="crsm: both systems; mamba2: System 1 alone, as Mamba2ForCausalLM."),
+        Literal["crsm", "mamba2", "checkpoint"],
+        typer.Option(
+            "--layout",
+            help="crsm: both systems; mamba2: System 1 alone, as Mamba2ForCausalLM; checkpoint: nothing for others.",
+        ),
     ] = "crsm",
     results: Annotated[
         list[Path] | None,
@@ -42,13 +45,16 @@ def export(
 
     refuse_existing(folder)
     records = [_read(path) for path in results or ()]
-    from crsm.model import load_checkpoint, resolve_checkpoint
-    from crsm.release.export import export_checkpoint
+    from crsm.model import load_checkpoint, resolve_checkpoint, save_checkpoint
+    from crsm.release.export import DTYPES, export_checkpoint
     from crsm.release.mamba2 import export_mamba2
     from jobs.command import write_result
 
     loaded = load_checkpoint(checkpoint)
-    if layout == "mamba2":
+    if layout == "checkpoint":
+        save_checkpoint(loaded, folder, DTYPES[dtype])
+        files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    elif layout == "mamba2":
         files = export_mamba2(loaded, folder, dtype=dtype, max_shard_size=max_shard)
     else:
         files = export_checkpoint(

@@ -27,7 +27,7 @@ from torch import Tensor
 from crsm import __version__
 from crsm.config import BackboneConfig
 from crsm.description import EXPORTED, FORMAT, fingerprint
-from crsm.model import Checkpoint
+from crsm.model import Checkpoint, cast_matrices
 from crsm.release.card import model_card
 from crsm.release.folder import new_folder
 
@@ -68,7 +68,7 @@ def export_checkpoint(
     path = Path(path)
     check_results(checkpoint, results)
     with new_folder(path) as folder:
-        system_1, system_2 = split_weights(cast_weights(state_of(checkpoint), dtype))
+        system_1, system_2 = split_weights(cast_matrices(state_of(checkpoint), DTYPES[dtype]))
         metadata = {"format": "pt"}
         save_torch_state_dict(system_1, folder, max_shard_size=max_shard_size, metadata=metadata)
         pattern = "system_2{suffix}.safetensors"
@@ -110,14 +110,6 @@ def state_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     if checkpoint.config.model.backbone.tie_embeddings:
         del state["lm_head.weight"]
     return state
-
-
-def cast_weights(state: Mapping[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
-    """Matrices in ``dtype``; what has one axis (norms, A_log, dt_bias, D, biases, gates) as it is."""
-    return {
-        name: tensor.to(DTYPES[dtype]) if tensor.ndim >= 2 and tensor.is_floating_point() else tensor
-        for name, tensor in state.items()
-    }
 
 
 def split_weights(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -11,12 +11,11 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 
-from crsm.model import Checkpoint
+from crsm.model import Checkpoint, cast_matrices
 from crsm.release.export import (
     DTYPES,
     MAX_SHARD,
     Dtype,
-    cast_weights,
     generation_config,
     split_weights,
     state_of,
@@ -40,7 +39,7 @@ def export_mamba2(
     """
     check_fusion(checkpoint)
     with new_folder(Path(path)) as folder:
-        weights, _ = split_weights(cast_weights(state_of(checkpoint), dtype))
+        weights, _ = split_weights(cast_matrices(state_of(checkpoint), DTYPES[dtype]))
         named = {transformers_name(name): tensor for name, tensor in weights.items() if name != "fusion.logits_L"}
         save_torch_state_dict(named, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
         checkpoint.tokenizer.save(folder / "tokenizer.json")

@@ -77,7 +77,7 @@ class BackboneStage(Stage):
                 )
             outcome_M = tensor_for(self.model, part.outcome_BT)[value_BT]
             value = value_loss(self.model, hidden_BTLD[value_BT], outcome_M).sum()
-            metrics[f"value_loss/{self._name(part)}"] = scalar(value) / max(1, int(part.value_mask_BT.sum()))
+            metrics[f"value_loss/{self.rows.name(part)}"] = scalar(value) / max(1, int(part.value_mask_BT.sum()))
             loss = loss + self.settings.value_weight * self.world / max(1, part.step_values) * value
         metrics["loss"] = scalar(loss)
         return loss, metrics
