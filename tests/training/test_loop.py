@@ -92,7 +92,9 @@ def test_stage_1_learns_the_form_of_answers(make_stage):
     stage = make_stage("stage_1", "stage_1.steps=250", "stage_1.optimizer={lr: 5.0e-3, warmup: 10}")
     result = run_stage(stage)
     # Who knows the form but nothing else guesses each node among all labels, and the verdict.
-    (batch,) = training_batch(stage.rows.tasks, stage.rows.tokenizer, stage.settings, seed=0, step=0, batch=8, split="valid")
+    (batch,) = training_batch(
+        stage.rows.tasks, stage.rows.tokenizer, stage.settings, seed=0, step=0, batch=8, split="valid"
+    )
     targets = batch.targets_mask_BT.sum() / batch.num_rows
     task = stage.rows.tasks[0]
     nodes = len(task.generate(0, "valid", 0).solution.split()) - len(task.preamble.split())
