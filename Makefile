@@ -17,7 +17,7 @@ DEFAULT := not slow and not gpu and not browser
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu test-browser native-asan native-tsan bench bench-speed llama-bench \
-	gpu-checks paper docs wheel wheel-smoke lint format constraints clean distclean
+	gpu-checks notebooks paper docs wheel wheel-smoke lint format constraints clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -99,6 +99,10 @@ llama-bench: setup ## build llama.cpp's benchmark, and models for it, into build
 
 gpu-checks: ## where a CUDA device is: build mamba-ssm, run the tests for a GPU, measure beside mamba-ssm
 	scripts/gpu_checks.sh
+
+notebooks: setup ## docs/notebooks at full size, with their outputs, in runs/notebooks
+	@mkdir -p runs/notebooks && cp docs/notebooks/*.ipynb runs/notebooks/
+	$(BIN)/jupyter-execute --inplace --timeout=3600 runs/notebooks/*.ipynb
 
 # What LaTeX needs beyond a bare Debian; the fonts come with lmodern.
 TEXLIVE := latexmk texlive-latex-recommended texlive-fonts-recommended lmodern

@@ -34,7 +34,7 @@ LAYERS = (
     {"deliberation"},
     {"parking", "turns"},
     {"engine"},
-    {"training", "evaluation", "release"},
+    {"training", "evaluation", "release", "notebook"},
     {"commands"},
     {"cli"},
 )

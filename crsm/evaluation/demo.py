@@ -134,8 +134,8 @@ def run_demo(
     (alone, worst_1), (planned, worst_2) = _median_and_longest(paced_1), _median_and_longest(paced_2)
     example = max(paced_2, key=lambda answer: sum(token.injection is not None for token in answer.tokens))
     note = f"Time between tokens: {1000 * alone:.0f} ms alone, {1000 * planned:.0f} ms with planners."
-    timeline = _timeline(checkpoint, example, pace, note)
-    save_figure(demo_figure(_graph_examples(scores), bars, timeline), figure)
+    timeline = timeline_of(checkpoint, example, pace, note)
+    save_figure(demo_figure(graph_examples(scores), bars, timeline), figure)
     _print_results(scores, bars)
     _say(
         f"at {pace:g} tokens/s by the wall clock the time between tokens is {1000 * alone:.1f} ms alone and "
@@ -309,9 +309,9 @@ def _by_wall_clock(
     planned: list[PacedAnswer] = []
     for task in tasks:
         for problem in problems(task, checkpoint.config.seed + 1, "test", BY_WALL_CLOCK):
-            alone.append(_paced(checkpoint, problem, deliberation, pace, None))
+            alone.append(paced_answer(checkpoint, problem, deliberation, pace, None))
             lent = LentPlanners(planners)
-            answer = _paced(checkpoint, problem, deliberation, pace, lent)
+            answer = paced_answer(checkpoint, problem, deliberation, pace, lent)
             lent.close()
             planned.append(answer)
             said = " ".join(
@@ -322,13 +322,14 @@ def _by_wall_clock(
     return alone, planned
 
 
-def _paced(
+def paced_answer(
     checkpoint: Checkpoint,
     problem: Problem,
     deliberation: DeliberationConfig,
     pace: float,
     planners: Planners | None,
 ) -> PacedAnswer:
+    """One answer by the wall clock, with everything that its planners did."""
     watched = None if planners is None else _Watched(planners)
     engine = Engine(checkpoint, watched, EngineConfig(clock="wall", pace=pace))
     request = GenerationRequest(
@@ -352,7 +353,8 @@ def _median_and_longest(answers: Sequence[PacedAnswer]) -> tuple[float, float]:
     return float(np.median(intervals)), max(intervals)
 
 
-def _timeline(checkpoint: Checkpoint, answer: PacedAnswer, pace: float, note: str) -> Timeline:
+def timeline_of(checkpoint: Checkpoint, answer: PacedAnswer, pace: float, note: str) -> Timeline:
+    """One answer in time, as it is drawn."""
     say, ends = checkpoint.tokenizer.token, set(checkpoint.tokenizer.terminal_ids)
     written = {
         token.injection.plan.request_id: seconds
@@ -389,7 +391,7 @@ def _timeline(checkpoint: Checkpoint, answer: PacedAnswer, pace: float, note: st
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def _graph_examples(scores: Sequence[Score]) -> list[GraphExample]:
+def graph_examples(scores: Sequence[Score]) -> list[GraphExample]:
     """One of each kind of tree."""
     kinds: dict[type, Score] = {}
     for score in scores:

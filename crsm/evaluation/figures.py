@@ -104,7 +104,7 @@ def percent(share: float) -> str:
 
 def demo_figure(examples: Sequence[GraphExample], bars: Sequence[Accuracies], timeline: Timeline | None) -> Figure:
     """What the demo found, at a glance: example problems, accuracy, one generation in time."""
-    figure = _figure(14, 10 if timeline is not None else 6)
+    figure = new_figure(14, 10 if timeline is not None else 6)
     rows = figure.add_gridspec(
         2 if timeline is not None else 1,
         1,
@@ -270,7 +270,7 @@ def draw_accuracies(axes: Axes, bars: Sequence[Accuracies]) -> None:
         columnspacing=0.9,
         handlelength=1.5,
     )
-    _bare(axes)
+    bare_axes(axes)
 
 
 def _p_value(p: float) -> str:
@@ -340,7 +340,7 @@ def draw_timeline(axes: Axes, timeline: Timeline) -> None:
         loc="left",
         color=INK,
     )
-    _bare(axes)
+    bare_axes(axes)
     axes.spines["left"].set_visible(False)
 
 
@@ -356,7 +356,7 @@ _METHODS = {
 
 def compute_figure(curves: Mapping[str, Any]) -> Figure:
     """Accuracy over multiply-adds of :func:`crsm.evaluation.equal_compute.accuracy_against_compute`."""
-    figure = _figure(9, 5.6)
+    figure = new_figure(9, 5.6)
     axes = figure.add_axes((0.085, 0.115, 0.88, 0.81))
     for method, points in curves["methods"].items():
         name, color, marker, unit = _METHODS[method]
@@ -391,20 +391,20 @@ def compute_figure(curves: Mapping[str, Any]) -> Figure:
         loc="left",
         color=INK,
     )
-    _bare(axes)
+    bare_axes(axes)
     return figure
 
 
 # ------------------------------------------------------------------------------------------------------------- common
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _bare(axes: Axes) -> None:
+def bare_axes(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.set_axisbelow(True)
