@@ -248,8 +248,6 @@ def load_checkpoint(
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     model = build_model(saved, tokenizer, kernels)
     load_weights(model, [path / name for name in description["files"] if name.endswith(".safetensors")], renewed)
-    if renewed:
-        model.gate.shut()
     return Checkpoint(
         model.eval(),
         tokenizer,
@@ -261,10 +259,12 @@ def load_checkpoint(
 
 
 def _renew(saved: Config, config: Config, renewable: Collection[str]) -> tuple[Config, tuple[str, ...]]:
-    """The checkpoint's settings with those of the parts that are to be made anew, and the names of these."""
+    """The checkpoint's settings with those of the parts that are to be made anew, and the names of what will be new:
+    these and the gate, which was calibrated with them."""
     parts = {name: getattr(config.model, name) for name in renewable}
     renewed = {name: part for name, part in parts.items() if part != getattr(saved.model, name)}
-    return saved.model_copy(update={"model": saved.model.model_copy(update=renewed)}), tuple(renewed)
+    names = (*renewed, "gate") if renewed else ()
+    return saved.model_copy(update={"model": saved.model.model_copy(update=renewed)}), names
 
 
 def load_weights(model: CRSM, files: Path | Sequence[Path], renewed: Collection[str] = ()) -> None:

@@ -140,10 +140,6 @@ def _latest_state(work: Work) -> LoopState | None:
         return LoopState.load(Path(folder) / STATE_FILE, work.stage, work.fingerprint)
 
 
-_LATER = ("world_model", "writer")
-"""Parts that stages 1 and 2 leave to a later stage, or train from the beginning."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Built:
     stage: Stage
@@ -173,7 +169,8 @@ def build_stage(work: Work, config: Config) -> _Built:
     else:
         # What a stage trains from the beginning may have other settings than the checkpoint's: another writer needs
         # no other backbone.
-        renewable = {"stage_1": _LATER, "stage_2": _LATER, "stage_4": ("writer",)}.get(work.stage, ())
+        later = ("world_model", "writer")
+        renewable = {"stage_1": later, "stage_2": later, "stage_4": ("writer",)}.get(work.stage, ())
         torch.manual_seed(config.seed)
         previous = load_checkpoint(local_copy(work.input_checkpoint), config=config, renewable=renewable)
         model, tokenizer = previous.model, previous.tokenizer
