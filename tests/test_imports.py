@@ -16,7 +16,7 @@ LAYERS = (
     {"mamba_ssm", "fusion", "critic", "latent_dynamics", "plan_writer"},
     {"search", "injection", "gate", "delta_buffer"},
     {"model"},
-    {"decoding", "importing"},
+    {"decoding", "importing", "scaling"},
     {"reasoning"},
     {
         "computation_value",

@@ -25,7 +25,7 @@ def test_links_lead_to_files_and_commands_to_modules(document):
     text = document.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (document.parent / target).exists(), target
-    for module in re.findall(r"python -m (jobs\.\w+)", text):
+    for module in re.findall(r"python -m (jobs(?:\.\w+)+)", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
     for config in re.findall(r"configs/\w+\.yaml", text):
         assert (ROOT / config).is_file(), config
