@@ -60,7 +60,7 @@ def start(hub: Hub | None, *arguments: str | Path, token: str | None = TOKEN) ->
 
 def push(hub: Hub | None, *arguments: str | Path, token: str | None = TOKEN) -> tuple[int, str, str]:
     """Exit status, standard output, standard error; the token is in neither."""
-    out, err = (process := start(hub, *arguments, token=token)).communicate(timeout=120)
+    out, err = (process := start(hub, *arguments, token=token)).communicate(timeout=250)
     assert not token or (token not in out and token not in err)
     return process.returncode, out, err
 
@@ -127,7 +127,7 @@ def test_an_upload_that_was_interrupted_goes_on_with_what_is_missing(hub: Hub, e
     hub.hold_at = second
     process = start(hub, exported, REPOSITORY)
     try:
-        assert hub.held.wait(60), process.communicate()
+        assert hub.held.wait(200), process.communicate()
         while not hub.puts[first]:
             assert process.poll() is None, process.communicate()
     finally:
