@@ -102,6 +102,10 @@ def _memory_rows(plan: Plan) -> _Rows:
         ),
         ("peak with all activations kept, GB", f"{plan.memory_kept.peak / GB:.3f}"),
         ("peak with activations checkpointed, GB", f"{plan.memory_checkpointed.peak / GB:.3f}"),
+        (
+            f"peak of an evaluation, GB ({plan.memory_evaluated.moment})",
+            f"{plan.memory_evaluated.peak / GB:.3f}",
+        ),
         ("saved state of the training, GB", f"{plan.state_bytes / GB:.3f}"),
         ("finished checkpoint in fp32, GB", f"{plan.checkpoint_bytes / GB:.3f}"),
     ]

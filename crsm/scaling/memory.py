@@ -114,6 +114,11 @@ def step_ledger(model: ModelConfig, groups: tuple[RowGroup, ...], layout: Layout
     return _Step(model, groups, layout).run()
 
 
+def evaluation_ledger(model: ModelConfig, groups: tuple[RowGroup, ...], layout: Layout) -> Ledger:
+    """The ledger after an evaluation, between two steps: one pass after the other, without gradients."""
+    return _Step(model, groups, layout).evaluate()
+
+
 class _Step:
     """One micro-batch: all groups forward, then all backward, the last one first."""
 
@@ -139,6 +144,34 @@ class _Step:
             ledger.drop(COPIES, self.sizes.n_layer * self._cast_layer)
         for place, group in enumerate(reversed(self.groups)):
             self._backward(group, first=place == 0, last=place == len(self.groups) - 1)
+        return ledger
+
+    def evaluate(self) -> Ledger:
+        ledger, sizes = self.ledger, self.sizes
+        for kind in (WEIGHTS, OPTIMIZER, AVERAGE, BUCKETS, GRADIENTS):
+            ledger.hold(kind, self.steady[kind])
+        self._gather()
+        ledger.hold(COPIES, sizes.n_layer * self._cast_layer + self._cast_head)
+        for group in self.groups:
+            ledger.enter(f"{group.name}, evaluation")
+            streams = FP32 * sizes.n_layer * group.positions * sizes.d_model
+            with ledger.briefly(STREAMS, sizes.n_layer * self._state(group.rows)):
+                ledger.hold(STREAMS, streams)  # of every layer
+                with ledger.briefly(WORK, self._saved(group)):
+                    pass
+                with ledger.briefly(STREAMS, streams):  # side by side
+                    pass
+                gathered = FP32 * group.targets * sizes.n_layer * sizes.d_model
+                with ledger.briefly(STREAMS, gathered), ledger.briefly(WORK, gathered):
+                    pass
+                logits = FP32 * group.targets * sizes.vocab_size
+                with ledger.briefly(LOGITS, 2 * logits):
+                    pass
+                with ledger.briefly(LOGITS, logits):
+                    judged = FP32 * group.values * sizes.n_layer * sizes.d_model
+                    with ledger.briefly(STREAMS, 2 * judged), ledger.briefly(WORK, judged):
+                        pass
+                ledger.drop(STREAMS, streams)
         return ledger
 
     # ---------------------------------------------------------------------------------------------------- weights

@@ -16,6 +16,8 @@ from crsm.scaling.memory import (
     FP32,
     KernelName,
     Layout,
+    Ledger,
+    evaluation_ledger,
     kernel_chunk,
     steady_bytes,
     step_ledger,
@@ -86,6 +88,8 @@ class Plan:
     """As if all activations were kept."""
     memory_checkpointed: Memory
     """As if activations were checkpointed."""
+    memory_evaluated: Memory
+    """Of an evaluation between two steps."""
     steady: dict[str, int]
     cost: TokenCost
     communication: Communication
@@ -93,7 +97,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.memory.peak <= self.device.room
+        return self.fullest.peak <= self.device.room
+
+    @property
+    def fullest(self) -> Memory:
+        """Of training or evaluation, whichever needs more."""
+        return max(self.memory, self.memory_evaluated, key=lambda memory: memory.peak)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -133,6 +142,7 @@ class Plan:
             "bytes": {
                 "steady": self.steady,
                 "peak": dataclasses.asdict(self.memory) | {"activations": self.memory.activations},
+                "peak_evaluation": dataclasses.asdict(self.memory_evaluated),
                 "peak_activations_kept": self.memory_kept.peak,
                 "peak_activations_checkpointed": self.memory_checkpointed.peak,
                 "activations_kept": self.memory_kept.activations,
@@ -185,6 +195,7 @@ def _plan(config: Config, devices: int, device: Device, utilisation: float, work
     trained = trained_parameters(config.model)
     layout = _layout(config, devices, kernels)
     memory = _memory(config, workload, layout)
+    evaluated = _evaluated(config, workload, layout)
     kept = _memory(config, workload, dataclasses.replace(layout, checkpoint=False))
     checkpointed = _memory(config, workload, dataclasses.replace(layout, checkpoint=True))
     sizes = config.model.backbone
@@ -201,6 +212,7 @@ def _plan(config: Config, devices: int, device: Device, utilisation: float, work
         memory=memory,
         memory_kept=kept,
         memory_checkpointed=checkpointed,
+        memory_evaluated=evaluated,
         steady=steady_bytes(config.model, layout) | {COPIES: memory.parts.get(COPIES, 0)},
         cost=cost,
         communication=_communication(config, devices, trained),
@@ -222,7 +234,14 @@ def _layout(config: Config, devices: int, kernels: KernelName) -> Layout:
 
 
 def _memory(config: Config, workload: Workload, layout: Layout) -> Memory:
-    ledger = step_ledger(config.model, workload.groups, layout)
+    return _peak(step_ledger(config.model, workload.groups, layout))
+
+
+def _evaluated(config: Config, workload: Workload, layout: Layout) -> Memory:
+    return _peak(evaluation_ledger(config.model, workload.evaluated, layout))
+
+
+def _peak(ledger: Ledger) -> Memory:
     return Memory(ledger.peak, ledger.moment, {kind: size for kind, size in ledger.at_peak.items() if size})
 
 
@@ -272,33 +291,56 @@ class Remedy:
 
 
 def remedies(plan: Plan) -> list[Remedy]:
-    """Ways to make a plan fit, the least change of every kind first: smaller micro-batches, checkpointed activations,
-    FSDP; two of them, and all, where one is not enough. Empty: nothing of it helps."""
+    """Ways to make a plan fit, the least change of every kind first: a smaller evaluation, smaller micro-batches,
+    checkpointed activations, FSDP; two of them, and all, where one is not enough. Empty: nothing of it helps."""
     found: list[Remedy] = []
+    enough: list[set[str]] = []
     for changes in _candidates(plan.config, plan.devices):
         keys = {change.partition("=")[0] for change in changes}
-        if any({change.partition("=")[0] for change in way.changes} <= keys for way in found):
+        if any(fewer <= keys for fewer in enough):
             continue
         config = plan.config
         for change in changes:
             config = _changed(config, change)
-        workload = stage_1_workload(config, plan.devices)
-        peak = _memory(config, workload, _layout(config, plan.devices, plan.kernels)).peak
-        if peak <= plan.device.room:
-            found.append(Remedy(changes, peak))
+        fitted = _evaluated_by_less(config, plan)
+        if fitted is not None:
+            found.append(Remedy((*changes, *fitted[0]), fitted[1]))
+            enough.append(keys)
     return found
+
+
+def _evaluated_by_less(config: Config, plan: Plan) -> tuple[tuple[str, ...], int] | None:
+    """With fewer problems of an evaluation where that is what does not fit: the change and the peak, None if training
+    itself does not fit or no number of problems does."""
+    layout, room = _layout(config, plan.devices, plan.kernels), plan.device.room
+    workload = stage_1_workload(config, plan.devices)
+    training = _memory(config, workload, layout).peak
+    if training > room:
+        return None
+    problems = config.stage_1.evaluate_problems
+    changes: tuple[str, ...] = ()
+    while (evaluation := _evaluated(config, workload, layout).peak) > room:
+        problems //= 2
+        if problems < len(config.tasks):
+            return None
+        config = config.model_copy(
+            update={"stage_1": config.stage_1.model_copy(update={"evaluate_problems": problems})}
+        )
+        workload = stage_1_workload(config, plan.devices)
+        changes = (f"stage_1.evaluate_problems={problems}",)
+    return changes, max(training, evaluation)
 
 
 def refusal(plan: Plan) -> str:
     """Why a plan cannot be, and what would fit, in one line."""
-    need, room = plan.memory.peak / GB, plan.device.room / GB
+    need, room = plan.fullest.peak / GB, plan.device.room / GB
     line = (
         f"{plan.config.name} needs {need:.1f} GB on each of {plan.devices} {plan.device.name}, "
-        f"which have {room:.1f} GB for it ({plan.memory.moment})"
+        f"which have {room:.1f} GB for it ({plan.fullest.moment})"
     )
     ways = remedies(plan)
     if not ways:
-        return f"{line}; nothing of smaller micro-batches, checkpoint_activations and fsdp makes it fit"
+        return f"{line}; neither smaller micro-batches nor checkpoint_activations, fsdp or evaluate_problems help"
     options = [f"--set {' --set '.join(way.changes)} ({way.peak / GB:.1f} GB)" for way in ways]
     return f"{line}; allowed: {', or '.join(options)}"
 
@@ -311,6 +353,7 @@ def _candidates(config: Config, devices: int) -> Iterator[tuple[str, ...]]:
     smaller = [f"stage_1.optimizer.accumulate={times}" for times in _finer(config, devices)]
     checkpoint = [] if config.train.checkpoint_activations else [_CHECKPOINT]
     shard = [] if config.train.strategy == "fsdp" or devices == 1 else [_SHARD]
+    yield ()
     for change in smaller:
         yield (change,)
     for change in checkpoint:

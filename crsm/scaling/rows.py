@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from crsm.config import Config
+from crsm.config import Config, TaskConfig, TokenizerConfig
 from crsm.data.sequences import training_batch
 from crsm.data.tokenizer import PIECES, Tokenizer, build_tokenizer
 from crsm.tasks import build_task
@@ -19,6 +20,8 @@ _STEPS = 4
 """Batches of a task that are looked at: their rows differ in length."""
 _SAMPLE = 16
 """Problems that the average row is taken from."""
+_EVALUATION_ROWS = 8
+"""Rows of held-out text that are looked at together (:mod:`crsm.training.backbone`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,8 @@ class Workload:
 
     groups: tuple[RowGroup, ...]
     """Of the fullest micro-batch of a worker; each is a pass through the model, all of one backward pass."""
+    evaluated: tuple[RowGroup, ...]
+    """Of an evaluation; each is a pass by itself, without gradients."""
     step_rows: int
     step_tokens: float
     """Positions of an optimizer step over all workers, on average over the stage."""
@@ -86,8 +91,7 @@ def stage_1_workload(config: Config, workers: int) -> Workload:
             f"{rows} rows for {workers} workers; allowed: at least one for each"
         )
     most, mean = _text_share(stage)
-    notes: list[str] = []
-    samples = [_sample(config, index, notes) for index in range(len(config.tasks))]
+    samples, notes = _samples(config.tasks, config.tokenizer, config.seed, stage.solution_share)
     groups: list[RowGroup] = []
     left = math.ceil(rows / workers)
     step_tokens = step_targets = 0.0
@@ -101,17 +105,31 @@ def stage_1_workload(config: Config, workers: int) -> Workload:
     weights = np.array([task.weight for task in config.tasks])
     shares = (1 - mean) * weights / weights.sum()
     for sample, share in zip(samples, shares, strict=True):
-        step_tokens += stage.batch * share * sample.length
-        step_targets += stage.batch * share * sample.targets / sample.rows
+        step_tokens += stage.batch * share * sample.group.positions / sample.problems
+        step_targets += stage.batch * share * sample.group.targets / sample.problems
     # Rows of tasks at the text's largest share; the longest first, as the fullest worker would have them.
     shares = (1 - most) * weights / weights.sum()
-    chosen = sorted(zip(samples, shares, strict=True), key=lambda entry: -entry[0].length)
+    chosen = sorted(zip(samples, shares, strict=True), key=lambda entry: -entry[0].group.length)
     for sample, share in chosen:
         mine = min(left, math.ceil(rows * share / workers - 1e-9))
         if mine:
-            groups.append(_scaled(sample, mine))
+            groups.append(sample.of(mine))
             left -= mine
-    return Workload(tuple(groups), stage.batch, float(step_tokens), float(step_targets), tuple(dict.fromkeys(notes)))
+    evaluated = [
+        sample.of(math.ceil(stage.evaluate_problems * weight / weights.sum()))
+        for sample, weight in zip(samples, weights, strict=True)
+    ]
+    if stage.text is not None:
+        length = stage.text.length
+        evaluated.append(RowGroup("text", _EVALUATION_ROWS, length, _EVALUATION_ROWS * (length - 1), 0, packed=True))
+    return Workload(
+        groups=tuple(groups),
+        evaluated=tuple(evaluated),
+        step_rows=stage.batch,
+        step_tokens=float(step_tokens),
+        step_targets=float(step_targets),
+        notes=notes,
+    )
 
 
 def _text_share(stage: BackboneStageConfig) -> tuple[float, float]:
@@ -126,43 +144,65 @@ def _text_share(stage: BackboneStageConfig) -> tuple[float, float]:
     return max(shares), float(np.interp((np.arange(1000) + 0.5) / 1000, at, shares).mean())
 
 
-def _scaled(sample: RowGroup, rows: int) -> RowGroup:
-    """As many rows like those of the sample."""
-    ratio = rows / sample.rows
-    return replace(
-        sample, rows=rows, targets=math.ceil(sample.targets * ratio), values=math.ceil(sample.values * ratio)
-    )
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Some problems of a task as rows."""
+
+    group: RowGroup
+    problems: int
+
+    def of(self, problems: int) -> RowGroup:
+        """As many problems, in rows like these."""
+        ratio, group = problems / self.problems, self.group
+        return replace(
+            group,
+            rows=math.ceil(group.rows * ratio),
+            targets=math.ceil(group.targets * ratio),
+            values=math.ceil(group.values * ratio),
+        )
 
 
-def _sample(config: Config, index: int, notes: list[str]) -> RowGroup:
+@dataclass(frozen=True, slots=True)
+class _Mix:
+    """What drawing rows needs to know of the stage."""
+
+    solution_share: float
+
+
+@functools.lru_cache(maxsize=16)
+def _samples(
+    tasks: tuple[TaskConfig, ...], tokens: TokenizerConfig, seed: int, solution_share: float
+) -> tuple[tuple[_Sample, ...], tuple[str, ...]]:
+    """Rows of every task, and what had to be assumed."""
+    notes: list[str] = []
+    tokenizer = _tokenizer(tasks, tokens, seed, notes)
+    found = tuple(_sample(settings, tokenizer, seed, _Mix(solution_share), notes) for settings in tasks)
+    return found, tuple(dict.fromkeys(notes))
+
+
+def _sample(settings: TaskConfig, tokenizer: Tokenizer | None, seed: int, mix: _Mix, notes: list[str]) -> _Sample:
     """Some rows of one task: real ones where task and tokenizer can be had."""
-    settings = config.tasks[index]
-    limit = getattr(settings, "max_tokens", None)
+    limit: int | None = getattr(settings, "max_tokens", None)
     try:
         task = build_task(settings)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError):
         if limit is None:
             raise
         notes.append(f"{settings.label} cannot be read here; every row is taken to be full")
-        del error
-        return RowGroup(settings.label, 1, limit, limit - 1, limit, packed=True)
-    tokenizer = _tokenizer(config, notes)
+        return _Sample(RowGroup(settings.label, 1, limit, limit - 1, limit, packed=True), 1)
     if tokenizer is not None:
-        return _real(task, tokenizer, config)
+        return _real(task, tokenizer, seed, mix)
     if task.max_tokens is not None:
-        return RowGroup(task.name, 1, task.max_tokens, task.max_tokens - 1, task.max_tokens, packed=True)
-    lengths = list(_pieces(task, config.seed))
+        return _Sample(RowGroup(task.name, 1, task.max_tokens, task.max_tokens - 1, task.max_tokens, packed=True), 1)
+    lengths = list(_pieces(task, seed))
     length = max(prompt + answer for prompt, answer in lengths)
     answers = sum(answer for _, answer in lengths)
-    return RowGroup(task.name, len(lengths), length, answers, answers, packed=False)
+    return _Sample(RowGroup(task.name, len(lengths), length, answers, answers, packed=False), len(lengths))
 
 
-def _real(task: Task, tokenizer: Tokenizer, config: Config) -> RowGroup:
-    found = [
-        training_batch([task], tokenizer, config.stage_1, seed=config.seed, step=step, batch=_SAMPLE)[0]
-        for step in range(_STEPS)
-    ]
-    return RowGroup(
+def _real(task: Task, tokenizer: Tokenizer, seed: int, mix: _Mix) -> _Sample:
+    found = [training_batch([task], tokenizer, mix, seed=seed, step=step, batch=_SAMPLE)[0] for step in range(_STEPS)]
+    group = RowGroup(
         task.name,
         max(batch.num_rows for batch in found),
         max(batch.tokens_BT.shape[1] for batch in found),
@@ -170,20 +210,21 @@ def _real(task: Task, tokenizer: Tokenizer, config: Config) -> RowGroup:
         max(int(batch.value_mask_BT.sum()) for batch in found),
         any(batch.packed for batch in found),
     )
+    return _Sample(group, _SAMPLE)
 
 
-def _tokenizer(config: Config, notes: list[str]) -> Tokenizer | None:
+def _tokenizer(tasks: tuple[TaskConfig, ...], tokens: TokenizerConfig, seed: int, notes: list[str]) -> Tokenizer | None:
     """The run's; None where it would have to be trained, or its file is not here."""
-    if config.tokenizer.kind == "closed":
-        return build_tokenizer(config.tokenizer, [build_task(task) for task in config.tasks], config.seed)
-    if config.tokenizer.kind == "bpe":
+    if tokens.kind == "closed":
+        return build_tokenizer(tokens, [build_task(task) for task in tasks], seed)
+    if tokens.kind == "bpe":
         notes.append("rows of tasks: a token a piece of text, since the BPE is not trained yet")
         return None
-    assert config.tokenizer.path is not None
+    assert tokens.path is not None
     try:
-        return Tokenizer.adopt(config.tokenizer.path)
+        return Tokenizer.adopt(tokens.path)
     except ValueError:
-        notes.append(f"rows of tasks: a token a piece of text, since {config.tokenizer.path} is not here")
+        notes.append(f"rows of tasks: a token a piece of text, since {tokens.path} is not here")
         return None
 
 

