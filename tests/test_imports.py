@@ -34,7 +34,7 @@ LAYERS = (
     {"deliberation"},
     {"parking", "turns"},
     {"engine"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "scaling"},
     {"commands"},
     {"cli"},
 )
