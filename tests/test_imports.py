@@ -16,7 +16,7 @@ LAYERS = (
     {"mamba_ssm", "fusion", "critic", "latent_dynamics", "plan_writer"},
     {"search", "injection", "gate", "delta_buffer"},
     {"model"},
-    {"decoding", "importing", "scaling"},
+    {"decoding", "importing"},
     {"reasoning"},
     {
         "computation_value",
@@ -34,7 +34,7 @@ LAYERS = (
     {"deliberation"},
     {"parking", "turns"},
     {"engine"},
-    {"training", "evaluation", "release", "notebook"},
+    {"training", "evaluation", "release", "notebook", "scaling"},
     {"commands"},
     {"cli"},
 )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from crsm.commands.options import JsonOption, note
+from crsm.commands.options import JsonOption, SetOption, note
 
 
 def export(
@@ -34,6 +34,7 @@ def export(
     ] = None,
     licence: Annotated[str, typer.Option("--licence", metavar="ID", help="Of the weights.")] = "apache-2.0",
     max_shard: Annotated[str, typer.Option("--max-shard", metavar="SIZE", help="Of a file of weights.")] = "5GB",
+    overrides: SetOption = None,
     json: JsonOption = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face repository.
@@ -45,12 +46,13 @@ def export(
 
     refuse_existing(folder)
     records = [_read(path) for path in results or ()]
-    from crsm.model import load_checkpoint, resolve_checkpoint, save_checkpoint
+    from crsm.model import resolve_checkpoint, save_checkpoint
     from crsm.release.export import DTYPES, export_checkpoint
     from crsm.release.mamba2 import export_mamba2
+    from jobs.checkpoints import load_with_settings
     from jobs.command import write_result
 
-    loaded = load_checkpoint(checkpoint)
+    loaded = load_with_settings(checkpoint, overrides=overrides)
     if layout == "checkpoint":
         save_checkpoint(loaded, folder, DTYPES[dtype])
         files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}

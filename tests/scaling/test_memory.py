@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crsm import native
-from crsm.config import BackboneConfig, ModelConfig, WorldModelConfig, WriterConfig, parse_config
+from crsm.config import BackboneConfig, ModelConfig, WorldModelConfig, WriterConfig, load_config, parse_config
+from crsm.scaling.devices import parse_devices
 from crsm.scaling.memory import (
     ACTIVATIONS,
     AVERAGE,
@@ -25,6 +27,7 @@ from crsm.scaling.memory import (
     step_ledger,
 )
 from crsm.scaling.parameters import count_parameters, trained_parameters
+from crsm.scaling.plan import make_plan
 from crsm.scaling.rows import RowGroup
 
 SMALL = ModelConfig(
@@ -181,3 +184,22 @@ tasks: {TASKS}
     stage, batches = build(plan, {"rows": 2, "length": 128})
     measured = count_tensors(stage, batches)["tensors"]
     assert plan.memory.peak == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_plan_of_full_size_is_within_a_tenth_of_a_pass_on_the_meta_device(checkpoint):
+    """The whole of 1b and rows of full length, in the real code, with sizes only."""
+    if not native.available():
+        pytest.skip("no native core")
+    from jobs.verification.on_meta import count_on_meta
+    from jobs.verification.plan_memory import with_rows
+
+    config = load_config(Path(__file__).parents[2] / "configs/1b.yaml")
+    train = config.train.model_copy(update={"checkpoint_activations": checkpoint})
+    config = with_rows(config.model_copy(update={"train": train}), rows=8, length=2048)
+    plan = make_plan(config, *parse_devices("1xcpu:100000GB"))
+    held = count_on_meta(plan.config, rows=8, length=2048) + plan.steady[OPTIMIZER]
+    assert plan.memory.peak == pytest.approx(held, rel=0.1)
+    # The activations alone, too.
+    steady = plan.memory.peak - plan.memory.activations
+    assert plan.memory.activations == pytest.approx(held - steady, rel=0.1)
