@@ -46,7 +46,7 @@ def import_(
         found,
         locate_tokenizer(tokenizer, source, found),
         name=folder.resolve().name,
-        source=found.resolve().name if Path(source).is_dir() else f"{source}@{found.name}",  # the commit
+        source=found.resolve().name if Path(source).is_dir() else f"{source}@{found.name[:12]}",  # the commit
         seed=seed,
     )
     save_checkpoint(checkpoint, folder)

@@ -232,8 +232,8 @@ def gate_sparsity(checkpoint: Checkpoint, task: Task, problems: Sequence[Problem
     """How often and how far the gates of System 2's own plans open, per layer.
 
     Returns:
-        ``plans`` made, ``applied``, and per layer ``shut`` (share of plans with a gate of exactly 0), ``confidence``
-        (mean of the open ones, None without any), ``applied`` (writes that reached the layer).
+        ``plans`` made, ``applied``, and per layer ``shut`` (share of plans with a gate of exactly 0, NaN without any),
+        ``confidence`` (mean of the open ones, None without any), ``applied`` (writes that reached the layer).
     """
     config = checkpoint.config
     recorder = RecordingPlanners(InlinePlanners(Deliberator.from_checkpoint(checkpoint), config.planners.max_batch))
@@ -244,15 +244,16 @@ def gate_sparsity(checkpoint: Checkpoint, task: Task, problems: Sequence[Problem
         planners=recorder,
         engine=EngineConfig(clock="virtual", max_batch=config.engine.max_batch),
     )
-    confidence_ML = np.stack([plan.confidence_L for plan in recorder.plans])
+    count = config.model.backbone.n_layer
+    confidence_ML = np.array([plan.confidence_L for plan in recorder.plans], np.float32).reshape(-1, count)
     layers = []
-    for layer in range(confidence_ML.shape[1]):
+    for layer in range(count):
         confidence_M = confidence_ML[:, layer]
         opened_M = confidence_M[confidence_M > 0]
         layers.append(
             {
                 "layer": layer,
-                "shut": float((confidence_M == 0).mean()),
+                "shut": float((confidence_M == 0).mean()) if len(confidence_M) else float("nan"),
                 "confidence": float(opened_M.mean()) if len(opened_M) else None,
                 "applied": run.metrics.injections_per_layer[layer],
             }

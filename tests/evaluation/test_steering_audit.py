@@ -122,6 +122,14 @@ def test_sparsity_counts_gates_that_are_exactly_zero(checkpoint):
     assert shut["applied"] == 0
 
 
+def test_a_model_that_ends_before_a_plan_could_come_has_no_gates_to_count(checkpoint):
+    asks_nothing = checkpoint.config.deliberation.model_copy(update={"max_plans": 0})
+    silent = tiny_checkpoint(checkpoint.config.model_copy(update={"deliberation": asks_nothing}))
+    found = gate_sparsity(silent, build_task(TASK), list(problems(build_task(TASK), 0, "test", 2)))
+    assert (found["plans"], found["applied"]) == (0, 0)
+    assert all(math.isnan(layer["shut"]) and layer["confidence"] is None for layer in found["layers"])
+
+
 @pytest.mark.parametrize("write", ["writer", "random", "adversarial"])
 def test_no_write_makes_a_head_grow(checkpoint, write):
     text = long_text(checkpoint, [Line(PROMPT, (20, 21, 22), True)], 60)
