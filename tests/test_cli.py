@@ -294,7 +294,9 @@ def test_a_write_that_was_tampered_with_is_refused(crsm, tmp_path):
     assert re.search(rf"line {place + 1}: .*the write has hash \w+; the event says \w+", err)
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["replay"], ["inspect"], ["demo"], ["serve"], ["export"], ["push"]])
+@pytest.mark.parametrize(
+    "command", [[], ["generate"], ["replay"], ["inspect"], ["demo"], ["serve"], ["export"], ["push"]]
+)
 def test_help_needs_neither_torch_nor_ray(command):
     code = (
         "import sys\nfrom crsm.cli import app\nfrom jobs.command import invoke\n"
