@@ -1,4 +1,4 @@
-"""The shipped checkpoints keep their promises: sizes, and that planners help on fresh problems of every kind."""
+"""The shipped reasoning checkpoint keeps its promises: size, and planners that help on fresh problems."""
 
 from __future__ import annotations
 
@@ -48,15 +48,16 @@ def test_the_reasoning_model_is_small_enough_to_ship(reasoning: Checkpoint) -> N
     assert {tensor.dtype for tensor in tensors.values() if tensor.dim() > 1} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", ["star_2", "star_5", "tree_path", "countdown", "maze", "prosqa"])
+@pytest.mark.parametrize("name", ["star_2", "star_5", "tree_path", "prosqa"])
 def test_planners_help_on_fresh_problems(reasoning: Checkpoint, name: str) -> None:
     one, two = (right(reasoning, name, system, 120) for system in ("system1", "system2"))
     assert two.mean() > one.mean()
+    assert mcnemar(one, two) < 0.001
+
+
+def test_planners_help_on_graphs_of_a_size_that_was_never_trained(reasoning: Checkpoint) -> None:
+    changed = load_checkpoint("reasoning")
+    use_settings(changed, merge_settings(reasoning.config, None, ["tasks.star_5.arms=3"], None))
+    one, two = (right(changed, "star_5", system, 120) for system in ("system1", "system2"))
+    assert two.mean() > one.mean()
     assert mcnemar(one, two) < 0.01
-
-
-def test_sizes_of_a_task_may_be_changed(reasoning: Checkpoint) -> None:
-    """Graphs of another size than it was trained on: still far above guessing."""
-    whole = load_checkpoint("reasoning")
-    use_settings(whole, merge_settings(reasoning.config, None, ["tasks.star_5.arms=3"], None))
-    assert right(whole, "star_5", "system2", 60).mean() > 0.5
