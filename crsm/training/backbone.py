@@ -21,6 +21,7 @@ from crsm.config import BackboneStageConfig
 from crsm.data.sequences import Batch
 from crsm.data.tokenizer import Tokenizer
 from crsm.evaluation.statistics import roc_auc
+from crsm.kernels.reference import full_precision
 from crsm.model import CRSM
 from crsm.tasks.base import Task
 from crsm.training.rows import BackboneRows
@@ -46,7 +47,7 @@ class BackboneStage(Stage):
         self.rows = BackboneRows(settings, seed, tasks, tokenizer)
 
     def batch(self, step: int, micro: int, rank: int, world: int) -> list[Batch]:
-        return self.rows.batch(step, micro, rank, world)
+        return self.rows.batch(step, micro, rank, world, every_batch=self.in_step)
 
     def forward(self, batch: list[Batch]) -> tuple[Tensor, Metrics]:
         if self.settings.freeze_backbone:
@@ -56,9 +57,10 @@ class BackboneStage(Stage):
         metrics: Metrics = {"fusion_entropy": scalar(entropy)}
         for part in batch:
             lm, value = language_and_value_loss(self.model, part)
-            name = self.rows.name(part)
-            metrics[f"loss/{name}"] = scalar(lm) / max(1, int(part.targets_mask_BT.sum()))
-            metrics[f"value_loss/{name}"] = scalar(value) / max(1, int(part.value_mask_BT.sum()))
+            if not part.is_blank:
+                name = self.rows.name(part)
+                metrics[f"loss/{name}"] = scalar(lm) / max(1, int(part.targets_mask_BT.sum()))
+                metrics[f"value_loss/{name}"] = scalar(value) / max(1, int(part.value_mask_BT.sum()))
             # Sums over the whole step's totals: the same loss whatever the number of workers and tasks.
             loss = loss + self.world / part.step_targets * lm
             loss = loss + self.settings.value_weight * self.world / max(1, part.step_values) * value
@@ -112,12 +114,13 @@ def language_and_value_loss(model: CRSM, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def value_loss(model: CRSM, hidden_MLD: Tensor, outcome_M: Tensor) -> Tensor:
     """BCE to outcomes (or soft targets): mean over the value heads, plus the consensus mixture's; (M,)."""
-    logits_ML = model.critic.logits(hidden_MLD)
-    target_ML = outcome_M[:, None].expand_as(logits_ML)
-    heads_M = F.binary_cross_entropy_with_logits(logits_ML, target_ML, reduction="none").mean(dim=1)
-    # The heads are shielded from the second term: it only teaches the consensus whom to trust.
-    mixed_M = (model.critic.consensus_weights_L * logits_ML.detach().sigmoid()).sum(dim=1).clamp(1e-6, 1 - 1e-6)
-    return heads_M + F.binary_cross_entropy(mixed_M, outcome_M, reduction="none")
+    with full_precision(hidden_MLD):
+        logits_ML = model.critic.logits(hidden_MLD)
+        target_ML = outcome_M[:, None].expand_as(logits_ML)
+        heads_M = F.binary_cross_entropy_with_logits(logits_ML, target_ML, reduction="none").mean(dim=1)
+        # The heads are shielded from the second term: it only teaches the consensus whom to trust.
+        mixed_M = (model.critic.consensus_weights_L * logits_ML.detach().sigmoid()).sum(dim=1).clamp(1e-6, 1 - 1e-6)
+        return heads_M + F.binary_cross_entropy(mixed_M, outcome_M, reduction="none")
 
 
 def _segments(model: CRSM, batch: Batch) -> Tensor | None:

@@ -41,8 +41,14 @@ class BackboneRows:
                 steps=settings.steps * accumulate,
             )
 
-    def batch(self, step: int, micro: int, rank: int, world: int) -> list[Batch]:
-        """The part of micro-batch ``micro`` of optimizer step ``step`` that belongs to ``rank``."""
+    def batch(self, step: int, micro: int, rank: int, world: int, every_batch: bool = False) -> list[Batch]:
+        """The part of micro-batch ``micro`` of optimizer step ``step`` that belongs to ``rank``.
+
+        Args:
+            step, micro: which.
+            rank, world: this worker, of how many.
+            every_batch: also the batches of which none of the rows are this worker's (see ``training_batch``).
+        """
         accumulate = self.settings.optimizer.accumulate
         return training_batch(
             self.tasks,
@@ -55,6 +61,7 @@ class BackboneRows:
             world=world,
             mixture=self._mixture,
             text=self.text,
+            every_batch=every_batch,
         )
 
     def held_out(self) -> list[Batch]:
