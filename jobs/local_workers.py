@@ -41,13 +41,14 @@ def train(config: Config, stage: str, legs: Sequence[Leg], folder: Path) -> list
         folder: where states are kept, as ``state_STEP``; the last leg's too.
     """
     import torch.multiprocessing as mp
+    from torch.multiprocessing.spawn import start_processes
 
     # One process imports torch; the workers are its forks.
     mp.get_context("forkserver").set_forkserver_preload(_PRELOAD)
     begin = 0
     for number, leg in enumerate(legs):
         told = (leg, number, begin, config.model_dump(mode="json"), stage, str(folder))
-        mp.start_processes(_work, args=told, nprocs=leg.workers, start_method="forkserver")
+        start_processes(_work, args=told, nprocs=leg.workers, start_method="forkserver")
         begin = getattr(config, stage).steps if leg.until is None else leg.until
 
     from crsm.training.loop import LoopState

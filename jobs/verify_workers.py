@@ -57,9 +57,10 @@ def main(
     with Progress("verify workers", len(names) * (1 + len(runs))) as progress:
         for name in names:
             alone = losses(settings, name, [Leg()])
-            found = results["stages"][name] = {"first loss": alone[0], "last loss": alone[-1], "difference": {}}
+            difference: dict[str, float] = {}
+            results["stages"][name] = {"first loss": alone[0], "last loss": alone[-1], "difference": difference}
             for how, row in runs.items():
-                found["difference"][how] = largest_difference(losses(settings, name, row), alone)
+                difference[how] = largest_difference(losses(settings, name, row), alone)
                 done += 1
                 progress.update(done + names.index(name) + 1)
     for name, found in results["stages"].items():

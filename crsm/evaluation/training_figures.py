@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -37,7 +38,7 @@ def curves_figure(curve: Sequence[Mapping[str, float | None]], panels: Mapping[s
     figure = new_figure(5.2 * len(panels), 3.6)
     figure.set_layout_engine("constrained")
     for axes, (title, prefixes) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        lines = {}
+        lines: dict[str, Any] = {}
         for prefix in prefixes:
             found = series(curve, prefix)
             if not found:

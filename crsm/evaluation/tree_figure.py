@@ -55,7 +55,7 @@ def tree_figure(
     axes.set_title(title, fontsize=12.5, loc="left", color=INK)
     scale = figure.colorbar(ScalarMappable(Normalize(0, 1), VALUES), cax=figure.add_axes((0.91, 0.15, 0.014, 0.6)))
     scale.set_label("value: probability of a right end", fontsize=9.5, color=INK)
-    scale.outline.set_visible(False)  # type: ignore[operator]
+    scale.outline.set_visible(False)
     return figure
 
 
