@@ -107,7 +107,7 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What had to be assumed."""
-        own = ()
+        own: tuple[str, ...] = ()
         if self.kernels == "cuda":
             own = ("memory: what mamba-ssm's kernels save was read from their source, not measured",)
         return (*own, *self.workload.notes)
