@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crsm import native
+from crsm.kernels.reference import full_precision
 
 LARGEST_WRITE = 1e15
 """Entries of a write beyond this are cut: squares of larger ones would overflow in the norms."""
@@ -28,7 +29,8 @@ LARGEST_WRITE = 1e15
 
 def outer_write(u_BRE: Tensor, b_BRN: Tensor, n_heads: int) -> Tensor:
     """``Σ_r u_r ⊗ b_r`` as a state: (B, R, H·P) and (B, R, N) to (B, H, P, N)."""
-    return (u_BRE.transpose(1, 2) @ b_BRN).unflatten(1, (n_heads, -1))
+    with full_precision(u_BRE):
+        return (u_BRE.transpose(1, 2) @ b_BRN).unflatten(1, (n_heads, -1))
 
 
 def clip_to_norm(x_BHPN: Tensor, limit_BH: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crsm.config import BackboneConfig
 from crsm.kernels import Kernels, reference, select_kernels
@@ -47,6 +48,16 @@ class GatedRMSNorm(nn.Module):
         return reference.gated_rms_norm(y, z, self.weight, self.eps)
 
 
+class Projection(nn.Linear):
+    """A dense layer without bias, on the kernels of whoever owns it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor, kernels: Kernels = reference) -> Tensor:
+        return kernels.linear(x, self.weight)
+
+
 def _count_changes(segment_BT: Tensor) -> Tensor:
     """Documents of a row counted from 0, whatever they were called: kernels rely on ids that do not come back."""
     return F.pad(segment_BT[:, 1:] != segment_BT[:, :-1], (1, 0)).cumsum(dim=1)
@@ -60,7 +71,7 @@ class Mixer(KernelModule):
         self.config = config
         inner, heads, channels = config.d_inner, config.n_heads, config.conv_channels
         # Order of the projection: [z, x, B, C, dt]; x, B and C pass through the convolution together.
-        self.in_proj = nn.Linear(config.d_model, inner + channels + heads, bias=False)
+        self.in_proj = Projection(config.d_model, inner + channels + heads)
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels)
         # dt starts log-uniform in [0.001, 0.1]; dt_bias is its inverse softplus.
         dt_H = torch.exp(torch.rand(heads) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(min=1e-4)
@@ -70,11 +81,11 @@ class Mixer(KernelModule):
         for parameter in (self.dt_bias, self.A_log, self.D):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
         self.norm = GatedRMSNorm(inner, config.norm_eps)
-        self.out_proj = nn.Linear(inner, config.d_model, bias=False)
+        self.out_proj = Projection(inner, config.d_model)
 
     def forward(self, x_BTD: Tensor, state: LayerState, segment_BT: Tensor | None) -> tuple[Tensor, LayerState]:
         y_BTE, conv_BCK, ssm_BHPN = self.kernels.mixer(
-            self.kernels.linear(x_BTD, self.in_proj.weight),
+            self.in_proj(x_BTD, self.kernels),
             self.conv1d.weight.squeeze(1),
             self._conv_bias,
             self.dt_bias,
@@ -87,7 +98,7 @@ class Mixer(KernelModule):
             self.config.chunk_size,
             segment_BT,
         )
-        return self.kernels.linear(y_BTE, self.out_proj.weight), LayerState(conv_BCK, ssm_BHPN)
+        return self.out_proj(y_BTE, self.kernels), LayerState(conv_BCK, ssm_BHPN)
 
     def step(self, x_BD: Tensor, state: LayerState) -> tuple[Tensor, LayerState, Tensor]:
         z_BE, xBC_BC, dt_BH = reference.split_projection(self.in_proj(x_BD), state.ssm_BHPN)
@@ -139,6 +150,8 @@ class Backbone(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(config, kernels or select_kernels()) for _ in range(config.n_layer))
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self.recompute = False
+        """Whether a layer's activations are not kept for its gradients but computed a second time."""
         nn.init.normal_(self.embedding.weight, std=0.02)
         for layer in self._blocks:
             # GPT-2's residual scaling, as mamba-ssm does it: one residual branch a layer.
@@ -186,7 +199,13 @@ class Backbone(nn.Module):
         x_BTD = self.embedding(tokens_BT)
         hidden, layers = [], []
         for layer, layer_state in zip(self._blocks, state.layers, strict=True):
-            x_BTD, new_state = layer(x_BTD, layer_state, segment_BT)
+            if self.recompute and torch.is_grad_enabled():
+                # Nothing in a layer is drawn at random.
+                x_BTD, new_state = checkpoint(
+                    layer, x_BTD, layer_state, segment_BT, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_BTD, new_state = layer(x_BTD, layer_state, segment_BT)
             hidden.append(x_BTD)
             layers.append(new_state)
         return torch.stack(hidden, dim=2), ModelState(tuple(layers))

@@ -63,7 +63,8 @@ class CRSM(nn.Module):
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """The fused policy head: residual streams (…, L, D) to next-token logits (…, V)."""
         kernels = self.backbone.kernels
-        return kernels.linear(self.backbone.norm_f(self.fusion(hidden_LD), kernels), self.lm_head.weight)
+        logits_V = kernels.linear(self.backbone.norm_f(self.fusion(hidden_LD), kernels), self.lm_head.weight)
+        return logits_V.to(hidden_LD.dtype)  # under autocast the product is bfloat16, what is made of it is not
 
     def planning_model(self) -> WorldModel:
         """The world model that the settings name."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from crsm.config import ModelConfig
+from crsm.kernels.reference import full_precision
 
 
 class Write(NamedTuple):
@@ -48,10 +49,13 @@ class PlanWriter(nn.Module):
             length_B: tokens of each line, at least 1.
         """
         lengths = length_B.cpu()  # where packing wants them
-        packed = pack_padded_sequence(self._embedding[0](line_BM), lengths, batch_first=True, enforce_sorted=False)
-        _, last_1BW = self.gru(packed)
-        last_BW = last_1BW[0]
-        return Write(self.u(last_BW).unflatten(1, self._u_shape), self.b(last_BW).unflatten(1, self._b_shape))
+        embedded_BMD = self._embedding[0](line_BM)
+        packed = pack_padded_sequence(embedded_BMD, lengths, batch_first=True, enforce_sorted=False)
+        # What goes into a state is as precise as the state, under autocast too.
+        with full_precision(embedded_BMD):
+            _, last_1BW = self.gru(packed)
+            last_BW = last_1BW[0]
+            return Write(self.u(last_BW).unflatten(1, self._u_shape), self.b(last_BW).unflatten(1, self._b_shape))
 
 
 def random_write_like(write: Write, generator: torch.Generator) -> Write:

@@ -232,6 +232,8 @@ def fingerprint(stage: str, config: Config, source: StoragePath | None, rollouts
     if stage in ("stage_3", "stage_4"):
         sections |= {"search", "deliberation", "sampling"}
     tree = plain_settings(config, sections)
+    if config.train.precision != "fp32":
+        tree["train.precision"] = config.train.precision
     tree[stage] = {name: value for name, value in tree[stage].items() if name not in _UNWATCHED}
     if stage == "stage_1":
         tree |= data_identity(config)

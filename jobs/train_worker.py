@@ -16,13 +16,14 @@ from jobs.preemption import SaveOnNotice
 from jobs.runs import MARKER, Work, local_copy, localised
 from jobs.storage import StoragePath, fetch
 from jobs.trackers import StageTrackers
+from jobs.train_states import StateReports, latest_state
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from crsm.config import Config
     from crsm.data.tokenizer import Tokenizer
-    from crsm.model import Checkpoint
+    from crsm.model import CRSM, Checkpoint
     from crsm.tasks import Task
     from crsm.training.loop import LoopState, Point
     from crsm.training.stage import Stage
@@ -47,11 +48,10 @@ def train(told: dict[str, Any]) -> dict[str, str] | None:
 def _train_and_save(work: Work, board: ActorHandle) -> None:
     import ray.train
     import ray.train.torch
-    import torch
-    from torch.nn.parallel import DistributedDataParallel
 
     from crsm.config import core_count, parse_config
     from crsm.threads import use_threads
+    from crsm.training.execution import finished_model, prepare
     from crsm.training.loop import run_stage
 
     context = ray.train.get_context()
@@ -60,18 +60,9 @@ def _train_and_save(work: Work, board: ActorHandle) -> None:
     use_threads(config.train.threads or max(1, core_count() // context.get_local_world_size()))
     built = build_stage(work, config)
     stage = built.stage
-    device = ray.train.torch.get_device()
-    stage.to(device)
-    module: torch.nn.Module = stage
-    if world > 1:
-        # A worker's part of a batch may leave a part of the model unused (no judged row: no critic).
-        module = DistributedDataParallel(
-            stage,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            find_unused_parameters=True,
-            broadcast_buffers=False,  # no buffer changes in training
-        )
-    resume = _latest_state(work)
+    module = prepare(stage, config.train, world=world, device=ray.train.torch.get_device())
+    resume = latest_state(work)
+    states = StateReports(work, rank)
     reporter = _Reporter(work, board, resume.step if resume else 0, active=rank == 0)
     with_workers = f" with {world} workers" if world > 1 else ""
     reporter.say(("starts training" if resume is None else f"goes on from step {resume.step}") + with_workers)
@@ -89,11 +80,15 @@ def _train_and_save(work: Work, board: ActorHandle) -> None:
 
     def checkpoint(state: LoopState) -> None:
         started = time.monotonic()
-        _report(state, rank, latest)
+        states.report(state, latest)
         notice.saved(time.monotonic() - started)
         if state.step % stage.settings.checkpoint_every and state.step < stage.settings.steps:
             reporter.say(f"saved step {state.step}: a node is about to go")
         reporter.keep_curves()
+
+    def save_now() -> bool:
+        states.check()
+        return notice.is_due()
 
     result = run_stage(
         stage,
@@ -105,39 +100,13 @@ def _train_and_save(work: Work, board: ActorHandle) -> None:
         on_log=log,
         on_evaluate=evaluation,
         on_checkpoint=checkpoint,
-        save_now=notice.is_due,
+        save_now=save_now,
     )
-    if rank == 0:
-        stage.cpu()
-        _save(work, built, result.report(), reporter.say)
+    states.close()
+    model = finished_model(stage, rank)
+    if model is not None:
+        _save(work, built, model.eval(), result.report(), reporter.say)
     reporter.close()
-
-
-def _report(state: LoopState, rank: int, figures: Mapping[str, float]) -> None:
-    """Hands a state to Ray Train; a barrier, called by all workers at the same steps."""
-    import ray.train
-
-    from crsm.training.loop import STATE_FILE
-
-    metrics = {**figures, "step": state.step}
-    if rank != 0:
-        ray.train.report(metrics, checkpoint=None)
-        return
-    with tempfile.TemporaryDirectory(prefix="crsm-state-") as folder:
-        state.save(Path(folder) / STATE_FILE)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _latest_state(work: Work) -> LoopState | None:
-    import ray.train
-
-    from crsm.training.loop import STATE_FILE, LoopState
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return LoopState.load(Path(folder) / STATE_FILE, work.stage, work.fingerprint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +173,11 @@ def read_rollouts(path: Path) -> list[Any]:
     ]
 
 
-def _save(work: Work, built: _Built, report: dict[str, Any], say: Callable[[str], None]) -> None:
+def _save(work: Work, built: _Built, model: CRSM, report: dict[str, Any], say: Callable[[str], None]) -> None:
     from crsm.model import Checkpoint, save_checkpoint
     from crsm.training.calibration import calibrate_gates
 
-    model, previous = built.stage.model.eval(), built.previous
+    previous = built.previous
     horizon = report.get("trust_horizon", previous.trust_horizon if previous else None)
     checkpoint = Checkpoint(model, built.tokenizer, horizon, (previous.model_version if previous else 0) + 1)
     if work.stage == "stage_4":

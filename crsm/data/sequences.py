@@ -95,6 +95,11 @@ class Batch:
         return bool(self.segment_BT.any())
 
     @property
+    def is_blank(self) -> bool:
+        """Whether no loss looks at any of it: a worker without rows takes part in a step with such a batch."""
+        return not self.targets_mask_BT.any()
+
+    @property
     def num_rows(self) -> int:
         return len(self.tokens_BT)
 
@@ -242,6 +247,7 @@ def training_batch(
     split: Split = "train",
     mixture: Mixture | None = None,
     text: TextLoader | None = None,
+    every_batch: bool = False,
 ) -> list[Batch]:
     """One worker's part of the sequences of a step, one batch per task, and one of open text.
 
@@ -260,6 +266,7 @@ def training_batch(
         split: another one for held-out losses.
         mixture: says who has how many of the sequences of the step, instead of ``batch`` and the tasks' weights.
         text: where the rows of open text come from; with a mixture only.
+        every_batch: a worker without rows of a batch gets a blank one, so that all have equally many batches.
 
     Raises:
         ValueError: ``batch`` is too small for the tasks or the workers.
@@ -285,7 +292,7 @@ def training_batch(
             )
     if text is not None and (rows := text.batch(counts, firsts)) is not None:
         batches.append(rows)
-    return _worker_part(batches, rank, world)
+    return _worker_part(batches, rank, world, every_batch)
 
 
 def text_windows(
@@ -438,27 +445,33 @@ def _parts(rows: Seq[int], rank: int, world: int) -> list[slice]:
     return slices
 
 
-def _worker_part(batches: list[Batch], rank: int, world: int) -> list[Batch]:
+def _worker_part(batches: list[Batch], rank: int, world: int, every_batch: bool = False) -> list[Batch]:
     step_targets = sum(int(batch.targets_mask_BT.sum()) for batch in batches)
     step_values = sum(int(batch.value_mask_BT.sum()) for batch in batches)
     parts = []
     for batch, rows in zip(batches, _parts([batch.num_rows for batch in batches], rank, world), strict=True):
-        part = batch.rows(rows)
-        if part.num_rows:
-            parts.append(replace(part, step_targets=step_targets, step_values=step_values))
-    if not parts:
-        # Every worker must take part in a step: this one with a row that no loss looks at.
-        blank = batches[0].rows(slice(0, 1))
-        parts.append(
-            replace(
-                blank,
-                targets_mask_BT=np.zeros_like(blank.targets_mask_BT),
-                value_mask_BT=np.zeros_like(blank.value_mask_BT),
-                step_targets=step_targets,
-                step_values=step_values,
-            )
-        )
-    return parts
+        if rows.start < rows.stop:
+            parts.append(batch.rows(rows))
+        elif every_batch:
+            parts.append(_blank(batch))
+    # Every worker must take part in a step.
+    parts = parts or [_blank(batches[0])]
+    return [replace(part, step_targets=step_targets, step_values=step_values) for part in parts]
+
+
+def _blank(batch: Batch) -> Batch:
+    """A short row that no loss looks at."""
+    tokens_BT = batch.tokens_BT[:1, :2]
+    nothing_BT = np.zeros(tokens_BT.shape, dtype=bool)
+    return replace(
+        batch.rows(slice(0, 1)),
+        tokens_BT=tokens_BT,
+        targets_mask_BT=nothing_BT,
+        value_mask_BT=nothing_BT,
+        outcome_BT=batch.outcome_BT[:1, :2],
+        segment_BT=np.zeros_like(batch.segment_BT[:1, :2]),
+        lengths_B=np.zeros(1, dtype=np.int64),
+    )
 
 
 def _fits(task: Task, problem: Problem, tokenizer: Tokenizer, answer: str | None = None) -> bool:

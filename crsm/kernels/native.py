@@ -1,7 +1,8 @@
 """The kernels of :mod:`crsm.kernels.reference` in C++ for CPU, with their gradients: for training and for prompts.
 
 Tensors that the C++ does not take (another device, bfloat16, mixed types) are passed to the reference, call by call, so
-that a model may be moved or converted at any time. Results do not depend on the number of threads, which is that of
+that a model may be moved or converted at any time; under autocast its products and convolutions are the reference's,
+norms and scan stay here. Results do not depend on the number of threads, which is that of
 PyTorch (``torch.set_num_threads``), nor on the other rows of a batch.
 
 Gradients are of first order: they cannot be differentiated again.
@@ -80,7 +81,8 @@ def _three_axes(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
     """See :func:`crsm.kernels.reference.linear`; in C++ for float32 and more than a few rows."""
-    if x.dtype != torch.float32 or x.numel() <= _FEW_ROWS * x.shape[-1] or not _takes(x, weight_OI):
+    few = x.numel() <= _FEW_ROWS * x.shape[-1]
+    if x.dtype != torch.float32 or few or torch.is_autocast_enabled("cpu") or not _takes(x, weight_OI):
         return reference.linear(x, weight_OI)
     if _differentiates(x, weight_OI):
         y: Tensor = _Linear.apply(x, weight_OI)
@@ -316,8 +318,10 @@ def mixer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`crsm.kernels.reference.mixer`."""
     tensors = (zxBCdt_BTI, conv_weight_CK, conv_bias_C, dt_bias_H, A_H, D_H, norm_weight_E, conv_BCK, ssm_BHPN)
-    if not _takes(*tensors):
-        return reference.mixer(*tensors[:7], norm_eps, conv_BCK, ssm_BHPN, chunk_size, segment_BT)
+    mixed = torch.is_autocast_enabled("cpu")
+    if mixed or not _takes(*tensors):
+        scan = chunk_scan if mixed else None
+        return reference.mixer(*tensors[:7], norm_eps, conv_BCK, ssm_BHPN, chunk_size, segment_BT, scan=scan)
     y_BTE, new_BCK, last_BHPN = _Mixer.apply(*tensors, norm_eps, chunk_size, _documents(segment_BT))
     return y_BTE, new_BCK, last_BHPN
 

@@ -10,6 +10,7 @@ Q tokens of a chunk. All functions are pure: states come in and go out, nothing 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,13 @@ NAME = "reference"
 def at_least_fp32(x: Tensor) -> Tensor:
     """What the norms and the recurrence compute in."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """No autocast on the device of ``x``: around products of the recurrence and around losses, which stay fp32 when
+    everything else is computed in bfloat16."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -94,7 +102,8 @@ def mixer(
     x_BTE, B_BTN, C_BTN = split_mixed(at_least_fp32(F.silu(xBC_BTC)), ssm_BHPN)
     x_BTHP = x_BTE.unflatten(-1, ssm_BHPN.shape[1:3])
     dt_BTH = F.softplus(at_least_fp32(dt_BTH) + at_least_fp32(dt_bias_H))
-    y_BTHP, ssm_BHPN = (scan or chunk_scan)(x_BTHP, dt_BTH, A_H, B_BTN, C_BTN, ssm_BHPN, chunk_size, segment_BT)
+    with full_precision(x_BTHP):
+        y_BTHP, ssm_BHPN = (scan or chunk_scan)(x_BTHP, dt_BTH, A_H, B_BTN, C_BTN, ssm_BHPN, chunk_size, segment_BT)
     y_BTE = (y_BTHP + D_H[:, None] * x_BTHP).flatten(2).to(zxBCdt_BTI.dtype)
     return gated_rms_norm(y_BTE, z_BTE, norm_weight_E, norm_eps), conv_BCK, ssm_BHPN
 
@@ -221,4 +230,5 @@ def state_step(
     decay_BH = (dt_BH * A_H).exp()
     added_BHPN = (x_BHP * dt_BH[..., None])[..., None] * B_BN[:, None, None]
     state_BHPN = state_BHPN * decay_BH[..., None, None] + added_BHPN
-    return (state_BHPN @ C_BN[:, None, :, None]).squeeze(-1), state_BHPN, decay_BH
+    with full_precision(state_BHPN):
+        return (state_BHPN @ C_BN[:, None, :, None]).squeeze(-1), state_BHPN, decay_BH

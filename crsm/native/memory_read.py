@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crsm import native
+from crsm.kernels.reference import full_precision
 
 
 def read_memory(memory_BMHPN: Tensor, query_BMN: Tensor) -> Tensor:
@@ -22,7 +23,8 @@ def read_memory(memory_BMHPN: Tensor, query_BMN: Tensor) -> Tensor:
     plain = memory_BMHPN.device.type == "cpu" and memory_BMHPN.dtype in (torch.float32, torch.float64)
     wanted = torch.is_grad_enabled() and memory_BMHPN.requires_grad
     if native.core is None or not plain or wanted or query_BMN.dtype != memory_BMHPN.dtype:
-        return torch.matmul(memory_BMHPN.flatten(2, 3), query_BMN[..., None]).squeeze(-1)
+        with full_precision(memory_BMHPN):
+            return torch.matmul(memory_BMHPN.flatten(2, 3), query_BMN[..., None]).squeeze(-1)
     result: Tensor = _NativeRead.apply(memory_BMHPN.flatten(2, 3), query_BMN)
     return result
 

@@ -22,6 +22,7 @@ from crsm.data.mixture import build_mixture
 from crsm.data.sequences import TEXT, Batch, training_batch
 from crsm.data.tokenizer import Tokenizer
 from crsm.evaluation.statistics import roc_auc
+from crsm.kernels.reference import full_precision
 from crsm.model import CRSM
 from crsm.tasks.base import Task
 from crsm.training.stage import Metrics, Stage, scalar, tensor_for
@@ -65,6 +66,7 @@ class BackboneStage(Stage):
             world=world,
             mixture=self.mixture,
             text=self.text,
+            every_batch=self.in_step,
         )
 
     def forward(self, batch: list[Batch]) -> tuple[Tensor, Metrics]:
@@ -73,9 +75,10 @@ class BackboneStage(Stage):
         metrics: Metrics = {"fusion_entropy": scalar(entropy)}
         for part in batch:
             lm, value = language_and_value_loss(self.model, part)
-            name = self._name(part)
-            metrics[f"loss/{name}"] = scalar(lm) / max(1, int(part.targets_mask_BT.sum()))
-            metrics[f"value_loss/{name}"] = scalar(value) / max(1, int(part.value_mask_BT.sum()))
+            if not part.is_blank:
+                name = self._name(part)
+                metrics[f"loss/{name}"] = scalar(lm) / max(1, int(part.targets_mask_BT.sum()))
+                metrics[f"value_loss/{name}"] = scalar(value) / max(1, int(part.value_mask_BT.sum()))
             # Sums over the whole step's totals: the same loss whatever the number of workers and tasks.
             loss = loss + self.world / part.step_targets * lm
             loss = loss + self.settings.value_weight * self.world / max(1, part.step_values) * value
@@ -143,12 +146,13 @@ def language_and_value_loss(model: CRSM, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def value_loss(model: CRSM, hidden_MLD: Tensor, outcome_M: Tensor) -> Tensor:
     """BCE to outcomes (or soft targets): mean over the value heads, plus the consensus mixture's; (M,)."""
-    logits_ML = model.critic.logits(hidden_MLD)
-    target_ML = outcome_M[:, None].expand_as(logits_ML)
-    heads_M = F.binary_cross_entropy_with_logits(logits_ML, target_ML, reduction="none").mean(dim=1)
-    # The heads are shielded from the second term: it only teaches the consensus whom to trust.
-    mixed_M = (model.critic.consensus_weights_L * logits_ML.detach().sigmoid()).sum(dim=1).clamp(1e-6, 1 - 1e-6)
-    return heads_M + F.binary_cross_entropy(mixed_M, outcome_M, reduction="none")
+    with full_precision(hidden_MLD):
+        logits_ML = model.critic.logits(hidden_MLD)
+        target_ML = outcome_M[:, None].expand_as(logits_ML)
+        heads_M = F.binary_cross_entropy_with_logits(logits_ML, target_ML, reduction="none").mean(dim=1)
+        # The heads are shielded from the second term: it only teaches the consensus whom to trust.
+        mixed_M = (model.critic.consensus_weights_L * logits_ML.detach().sigmoid()).sum(dim=1).clamp(1e-6, 1 - 1e-6)
+        return heads_M + F.binary_cross_entropy(mixed_M, outcome_M, reduction="none")
 
 
 def _segments(model: CRSM, batch: Batch) -> Tensor | None:

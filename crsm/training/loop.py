@@ -1,176 +1,35 @@
-"""The training loop that all stages share: plain PyTorch, in one process or in several under DDP.
+"""The training loop that all stages share: plain PyTorch, in one process or in several, under DDP or sharded.
 
 What a step does depends on the step's number and on the tensors it finds, and on nothing else: batches are a function
 of the step, and torch's generator is seeded anew in every step (per worker). So a :class:`LoopState` of tensors and a
 step is all that an exact resume needs, whatever was killed when.
 
-Every worker takes part in every step and in every checkpoint; only the worker of rank 0 evaluates and finishes. A state
-is the same whatever the number of workers that saved it, and any number of them goes on from it.
+Every worker takes part in every step and in every checkpoint; only the worker of rank 0 evaluates and finishes, unless
+weights are sharded: then all do, since none has them all. A state is the same whatever the number of workers that saved
+it and whether they shared the weights, and any number of them goes on from it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
-import struct
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from crsm.data.sequences import AttemptGroup, Batch
 from crsm.tasks.base import keyed_bits
 from crsm.training.optimizer import AverageWeights, build_optimizer, clip_gradients, learning_rate
+from crsm.training.precision import autocast
+from crsm.training.sharding import clip_shards, divided_like, gather, is_sharded, release, synchronised
 from crsm.training.stage import Metrics, Stage, scalar
+from crsm.training.state import STATE_FILE, LoopState, Point, check_fingerprint, take_tensor
 
-FORMAT = 1
-STATE_FILE = "loop_state.safetensors"
-
-Point = dict[str, float]
-"""One point of the curve: ``step``, ``seconds`` and figures by name; evaluations are named ``valid/…``."""
-
-
-# ------------------------------------------------------------------------------------------------------------ state
-
-
-@dataclass(frozen=True, slots=True)
-class LoopState:
-    """All that a stopped run needs to go on exactly."""
-
-    stage: str
-    step: int
-    """Optimizer steps done; also the position in the data and in the random numbers, which are functions of it."""
-    tensors: dict[str, Tensor]
-    """Trained weights and buffers, the optimizer's moments, and the averaged weights if there are any. Not copies: save
-    them before the next step."""
-    seconds: float = 0.0
-    """Spent so far, lost work not counted."""
-    train_seconds: float = 0.0
-    """The part of it that optimizer steps took."""
-    tokens: int = 0
-    curve: list[Point] = field(default_factory=list)
-    window: dict[str, list[float]] = field(default_factory=dict)
-    """Sum and count of every figure since the last point of the curve."""
-    fingerprint: dict[str, Any] = field(default_factory=dict)
-    """The settings that decide the run's course."""
-
-    def save(self, path: str | Path) -> None:
-        """Writes one file, whole or not at all.
-
-        Raises:
-            OSError: the disk is full or the place cannot be written; what was there before is untouched.
-        """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        description = {
-            "format": FORMAT,
-            "stage": self.stage,
-            "step": self.step,
-            "seconds": self.seconds,
-            "train_seconds": self.train_seconds,
-            "tokens": self.tokens,
-            "curve": self.curve,
-            "window": self.window,
-            "fingerprint": self.fingerprint,
-        }
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(descriptor)
-        try:
-            tensors = {name: tensor.detach().contiguous() for name, tensor in self.tensors.items()}
-            try:
-                save_file(tensors, temporary, metadata={"loop": json.dumps(description)})
-            except SafetensorError as error:  # the library wraps the operating system's error
-                raise OSError(f"{path}: {error}") from error
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-
-    @classmethod
-    def load(cls, path: str | Path, stage: str, fingerprint: Mapping[str, Any] | None = None) -> LoopState:
-        """Reads what ``save`` wrote.
-
-        Args:
-            path: the file.
-            stage: name of the stage that wants to go on.
-            fingerprint: the settings it has now; None: they are not compared.
-
-        Raises:
-            ValueError: no such file, a truncated one, another format, stage or settings; both values are named.
-        """
-        path = Path(path)
-        _check_length(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                description = json.loads((file.metadata() or {})["loop"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}: not the state of a training run: {error}") from error
-        if description.pop("format") != FORMAT:
-            raise ValueError(f"{path}: another format; allowed: {FORMAT}")
-        if description["stage"] != stage:
-            raise ValueError(f"{path}: stage = {description['stage']!r}; this run is of {stage!r}")
-        if fingerprint is not None:
-            check_fingerprint(description["fingerprint"], fingerprint, str(path))
-        return cls(tensors=tensors, **description)
-
-
-def _check_length(path: Path) -> None:
-    try:
-        found = path.stat().st_size
-        with open(path, "rb") as file:
-            (header_bytes,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(header_bytes)) if header_bytes < found else {}
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (struct.error, ValueError) as error:
-        raise ValueError(f"{path}: {found} bytes that are not the state of a training run") from error
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    wanted = 8 + header_bytes + max(ends, default=0)
-    if found != wanted:
-        raise ValueError(f"{path}: {found} bytes; its header names {wanted}")
-
-
-def check_fingerprint(found: Mapping[str, Any], asked: Mapping[str, Any], source: str) -> None:
-    """
-    Raises:
-        ValueError: the two differ; the first difference is named with both values.
-    """
-    left, right = dict(_flat(found)), dict(_flat(asked))
-    for key in [*right, *(key for key in left if key not in right)]:
-        if left.get(key) != right.get(key):
-            raise ValueError(f"{source} was made with {key} = {left.get(key)!r}; the settings ask {right.get(key)!r}")
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Leaves by dotted name."""
-    items: Iterable[tuple[Any, Any]]
-    if isinstance(tree, Mapping):
-        items = tree.items()
-    elif isinstance(tree, list | tuple):
-        items = enumerate(tree)
-    else:
-        yield prefix, tree
-        return
-    for key, value in items:
-        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-
-
-# ------------------------------------------------------------------------------------------------------------- loop
+__all__ = ["STATE_FILE", "LoopState", "Point", "StageResult", "check_fingerprint", "count_tokens", "run_stage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,18 +65,20 @@ def run_stage(
     on_checkpoint: Callable[[LoopState], None] | None = None,
     save_now: Callable[[], bool] | None = None,
 ) -> StageResult:
-    """Trains a stage to its last step; afterwards its model holds the weights to keep (the averaged ones, with EMA).
+    """Trains a stage to its last step; afterwards its model holds the weights to keep (the averaged ones, with EMA), or
+    this worker's shards of them.
 
     Args:
         stage: what to train.
         rank: this worker.
         world: number of workers; they must be connected by ``torch.distributed`` if there are several.
-        module: the stage wrapped for DDP; None: the stage itself.
+        module: what :func:`crsm.training.execution.prepare` gave for it; None: the stage itself.
         resume: where to go on; its tensors are copied into the stage.
         fingerprint: goes into the states.
         on_log: called with each point of the curve, on every worker.
         on_evaluate: called with the figures of an evaluation, on rank 0.
-        on_checkpoint: called with the state when it is time to save, and after the last step, on every worker.
+        on_checkpoint: called with the state when it is time to save, and after the last step, on every worker. Where
+            weights are sharded, only the state of rank 0 has tensors.
         save_now: asked in every step, on every worker: whether the state has to be saved after it. What one worker says
             holds for all.
 
@@ -249,6 +110,7 @@ class _Loop:
     ) -> None:
         self.stage, self.rank, self.world, self.module, self.fingerprint = stage, rank, world, module, fingerprint
         stage.world = world
+        self.sharded = is_sharded(module)
         self.settings, self.config = stage.settings, stage.settings.optimizer
         self.trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
         self.device = self.trained[0].device
@@ -286,8 +148,8 @@ class _Loop:
                 rate = (self.tokens - log_tokens) / max(1e-9, self.train_seconds - log_seconds)
                 log_tokens, log_seconds = self.tokens, self.train_seconds
                 on_log(self._close_window(rate))
-            if not last and self.step % settings.evaluate_every == 0 and self.rank == 0:
-                on_evaluate(self._evaluate())
+            if not last and self.step % settings.evaluate_every == 0 and self._evaluates:
+                self._evaluate(on_evaluate)
             now = time.perf_counter()
             self.seconds, mark = self.seconds + now - mark, now
             if last or self._asked_to_save or self.step % settings.checkpoint_every == 0:
@@ -295,10 +157,9 @@ class _Loop:
         finish = {}
         if self.average is not None:
             self.average.copy_to(self.stage)
-        if self.rank == 0:
-            on_evaluate(self._evaluate())
-            self.stage.eval()
-            finish = self.stage.finish()
+        if self._evaluates:
+            self._evaluate(on_evaluate)
+            finish = self._without_training(self.stage.finish)
         self.seconds += time.perf_counter() - mark
         return StageResult(
             metrics={key: value for point in self.curve[-2:] for key, value in point.items() if key not in _CLOCKS},
@@ -319,14 +180,16 @@ class _Loop:
         for micro in range(accumulate):
             batch = stage.batch(self.step, micro, self.rank, self.world)
             self.tokens += count_tokens(batch) * self.world
-            with self._synchronised(micro == accumulate - 1):
-                loss, metrics = self.module(batch)
+            with synchronised(self.module, micro == accumulate - 1):
+                with autocast(stage.precision, self.device):
+                    loss, metrics = self.module(batch)
                 (loss / accumulate).backward()
             total += scalar(loss) / accumulate
             for name, value in metrics.items():
                 figures.setdefault(name, []).append(value)
         lr = learning_rate(self.step, self.settings.steps, config)
-        norm = scalar(clip_gradients([p for p in self.trained if p.grad is not None], config.clip))
+        used = [parameter for parameter in self.trained if parameter.grad is not None]
+        norm = scalar((clip_shards if self.sharded else clip_gradients)(used, config.clip))
         total = self._agree(total, norm, figures)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -338,11 +201,6 @@ class _Loop:
             entry = self.window.setdefault(name, [0.0, 0.0])
             entry[0] += value
             entry[1] += 1
-
-    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        if last or not isinstance(self.module, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.module.no_sync()
 
     def _agree(self, loss: float, norm: float, figures: Mapping[str, list[float]]) -> float:
         """The loss, averaged over workers; raises on all of them if anything is not finite on one. What else has to be
@@ -379,13 +237,25 @@ class _Loop:
         self.curve.append(point)
         return point
 
-    def _evaluate(self) -> Point:
-        self.stage.eval()
-        figures = self.stage.evaluate()
+    @property
+    def _evaluates(self) -> bool:
+        """Whether this worker does: a forward pass through shards is everybody's."""
+        return self.rank == 0 or self.sharded
+
+    def _evaluate(self, on_evaluate: Callable[[Point], None]) -> None:
+        figures = self._without_training(self.stage.evaluate)
         self.stage.train()
         point = {"step": float(self.step), "seconds": self.seconds, **figures}
         self.curve.append(point)
-        return point
+        if self.rank == 0:
+            on_evaluate(point)
+
+    def _without_training(self, method: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        self.stage.eval()
+        with autocast(self.stage.precision, self.device):
+            found = method()
+        release(self.module)
+        return found
 
     def _state(self) -> LoopState:
         tensors = {f"weights/{name}": tensor for name, tensor in self._named()}
@@ -394,6 +264,8 @@ class _Loop:
                 tensors[f"optimizer/{key}/{name}"] = value
         if self.average is not None:
             tensors |= {f"average/{name}": tensor for name, tensor in self.average.averages.items()}
+        if self.sharded:
+            tensors = gather(tensors, keep=self.rank == 0)
         return LoopState(
             stage=self.stage.name,
             step=self.step,
@@ -404,6 +276,7 @@ class _Loop:
             curve=list(self.curve),
             window={name: list(entry) for name, entry in self.window.items()},
             fingerprint=self.fingerprint,
+            borrowed=not self.sharded,
         )
 
     def _named(self) -> list[tuple[str, Tensor]]:
@@ -419,20 +292,21 @@ class _Loop:
             raise ValueError(f"state of step {state.step}; the settings ask {self.settings.steps} steps")
         tensors = dict(state.tensors)
         for name, tensor in self._named():
-            tensor.copy_(_take(tensors, f"weights/{name}", tensor))
+            tensor.copy_(divided_like(take_tensor(tensors, f"weights/{name}", tensor), tensor))
         if self.average is not None:
             for name, tensor in self.average.averages.items():
-                tensor.copy_(_take(tensors, f"average/{name}", tensor))
+                tensor.copy_(divided_like(take_tensor(tensors, f"average/{name}", tensor), tensor))
         parameters = dict(self.stage.named_parameters())
         for key in [key for key in tensors if key.startswith("optimizer/")]:
             _, entry, name = key.split("/", 2)
             if name not in parameters:
                 raise ValueError(f"state tensor {key!r} belongs to no parameter of {self.stage.name}")
             parameter = parameters[name]
-            like = parameter if tensors[key].ndim else tensors[key]
-            value = _take(tensors, key, like)
-            # The count of steps stays on the CPU, as the optimizer keeps it.
-            self.optimizer.state[parameter][entry] = value.to(parameter.device) if value.ndim else value.clone()
+            if tensors[key].ndim:
+                value = divided_like(take_tensor(tensors, key, parameter), parameter)
+            else:  # the count of steps; a fused optimizer wants it beside its parameter
+                value = tensors.pop(key).to(parameter.device, copy=True)
+            self.optimizer.state[parameter][entry] = value
         if tensors:
             raise ValueError(f"state tensor {next(iter(tensors))!r} has no place in {self.stage.name}")
         self.step, self.seconds, self.train_seconds = state.step, state.seconds, state.train_seconds
@@ -441,15 +315,6 @@ class _Loop:
 
 
 _CLOCKS = ("step", "seconds", "tokens_per_second")
-
-
-def _take(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-    if name not in tensors:
-        raise ValueError(f"state tensor {name!r} is missing; the stage needs it with shape {tuple(like.shape)}")
-    tensor = tensors.pop(name)
-    if tensor.shape != like.shape:
-        raise ValueError(f"state tensor {name!r} has shape {tuple(tensor.shape)}; the stage has {tuple(like.shape)}")
-    return tensor
 
 
 def count_tokens(batch: Any) -> int:

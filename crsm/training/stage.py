@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from crsm.config import StageConfig
 from crsm.model import CRSM, PARTS
+from crsm.training.precision import Precision
 
 Metrics = dict[str, float]
 
@@ -24,6 +25,10 @@ class Stage(nn.Module):
     name: str
     trains: tuple[str, ...]
     """Parts of the model (see :data:`crsm.model.PARTS`) that this stage changes; all others stay frozen."""
+    precision: Precision = "fp32"
+    """What ``forward`` and ``evaluate`` multiply matrices in."""
+    in_step: bool = False
+    """Whether all workers must run the trained parts equally often; set where these are sharded."""
 
     def __init__(self, model: CRSM, settings: StageConfig, seed: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from torch import nn
 from crsm.config import DynamicsStageConfig, OptimizerConfig, StageConfig
 from crsm.data.sequences import training_batch
 from crsm.model import PARTS
-from crsm.training import loop
+from crsm.training import state as state_module
 from crsm.training.loop import LoopState, count_tokens, run_stage
 from crsm.training.optimizer import build_optimizer, learning_rate
 from crsm.training.stage import Stage
@@ -398,7 +398,7 @@ def test_a_full_disk_leaves_the_former_state(state, monkeypatch, fault):
             raise SafetensorError("I/O error: No space left on device (os error 28)")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(loop if fault == "save_file" else os, fault, full)
+    monkeypatch.setattr(state_module if fault == "save_file" else os, fault, full)
     stage = Regression(settings(checkpoint_every=4))
     with pytest.raises(OSError, match="No space left on device") as error:
         run_stage(stage, on_checkpoint=lambda s: s.save(state))
