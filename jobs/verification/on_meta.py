@@ -89,7 +89,7 @@ def count_on_meta(config: Config, rows: int, length: int) -> int:
     with torch.device("meta"):
         stage = BackboneStage(CRSM(config, select_kernels("native")), settings, 0, tasks, tokenizer)
     if config.train.checkpoint_activations:
-        stage.model.backbone.recompute = True  # type: ignore[assignment]
+        stage.model.backbone.recompute = True
     batch = text_rows(config, rows, length)
     counter = SizesOnly({(rows, length - 1): rows * (length - 1)})
     counter.add([*stage.parameters(), *stage.buffers()])
