@@ -91,7 +91,7 @@ def cut_to(config: Config, limit: float) -> Plan:
 
     device = Device("cpu", limit * GB, 1.0, None, None, "given")
     plan = make_plan(config, 1, device)
-    while not plan.fits:
+    while plan.memory.peak > device.room:
         sizes = plan.config.model.backbone
         if sizes.n_layer == 1:
             raise ValueError(f"{config.name}: one layer needs {plan.memory.peak / GB:.1f} GB; allowed: more --limit")
