@@ -115,7 +115,7 @@ def demo_figure(examples: Sequence[GraphExample], bars: Sequence[Accuracies], ti
         bottom=0.07,
         hspace=0.30,
     )
-    share = max(1.05, 0.55 * len(bars))
+    share = min(2.0, max(1.05, 0.35 * len(bars)))
     top = rows[0].subgridspec(1, len(examples) + 1, wspace=0.14, width_ratios=(*(1.0,) * len(examples), share))
     for column, example in enumerate(examples):
         draw_example(figure.add_subplot(top[0, column]), example)
@@ -188,15 +188,16 @@ def draw_example(axes: Axes, example: GraphExample) -> None:
         "goal", (x, y), (0, -23), textcoords="offset points", ha="center", fontsize=11, color=GOAL, fontweight="bold"
     )
     axes.set_title(example.title, fontsize=12.5, loc="left", color=INK, pad=26)
+    narrow = axes.get_window_extent().width / axes.figure.dpi < 3.6  # inches
     for place, (name, right, color) in enumerate(
         (("System 1", example.right_1, SYSTEM_1), ("System 2", example.right_2, SYSTEM_2))
     ):
         axes.text(
-            0.0 + 0.53 * place,
+            (0.61 if narrow else 0.53) * place,
             1.03,
             f"{name} {'arrives' if right else 'goes astray'}",
             transform=axes.transAxes,
-            fontsize=11.5,
+            fontsize=9.5 if narrow else 11.5,
             color=color,
             fontweight="bold",
         )
