@@ -325,7 +325,9 @@ class _Step:
         ledger.drop(LAYERS, self._state(group.rows))
         ledger.drop(WORK, stream)
         ledger.drop(STREAMS, streams)
-        with ledger.briefly(WORK, self.table):  # of the embedding, before it is added
+        ledger.enter(f"{group.name}, backward of the embedding")
+        # Of the embedding, and its sum with that of the head.
+        with ledger.briefly(WORK, self.table * (2 if sizes.tie_embeddings else 1)):
             if self._gathers and sizes.tie_embeddings:
                 ledger.drop(WORK, self.table)  # what waited for it, in the buffer that is sent
         if not sizes.tie_embeddings:
