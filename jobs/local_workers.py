@@ -6,6 +6,8 @@ A run is a row of legs. Each is done by its own workers, which go on from the st
 from __future__ import annotations
 
 import contextlib
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -43,7 +45,8 @@ def train(config: Config, stage: str, legs: Sequence[Leg], folder: Path) -> list
     import torch.multiprocessing as mp
     from torch.multiprocessing.spawn import start_processes
 
-    # One process imports torch; the workers are its forks.
+    # One process imports torch; the workers are its forks. That every parameter is used is nothing to warn of.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     mp.get_context("forkserver").set_forkserver_preload(_PRELOAD)
     begin = 0
     for number, leg in enumerate(legs):
@@ -71,6 +74,7 @@ def _work(rank: int, leg: Leg, number: int, begin: int, tree: dict[str, Any], st
     from jobs.train_worker import build_stage
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)
     config = parse_config(tree, source="the settings")
     built = build_stage(Work(stage, tree, None, folder, None, {}, ""), config)
     if leg.workers > 1:

@@ -28,6 +28,8 @@ def prepare(stage: Stage, settings: TrainConfig, *, world: int, device: torch.de
     Raises:
         ValueError: compilation is asked for and there is no compiler, or shards with a torch that has none.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where collectives and Triton's kernels run
     stage.to(device)
     stage.precision = settings.precision
     stage.model.backbone.recompute = settings.checkpoint_activations

@@ -89,14 +89,15 @@ def clip_shards(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
 
     Drops the gradients of parameters that no worker has used.
     """
-    shards = [_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    used = [parameter for parameter in parameters if parameter.grad is not None]
+    shards = [_part(cast(Tensor, parameter.grad)) for parameter in used]
     squares_P = torch.stack([shard.float().square().sum() for shard in shards])
     dist.all_reduce(squares_P)
     norm = squares_P.sum().sqrt()
     torch._foreach_mul_(shards, (limit / (norm + 1e-6)).clamp(max=1.0))
-    unused = [parameter for parameter, square in zip(parameters, squares_P.tolist(), strict=True) if square == 0]
-    for parameter in unused:
-        parameter.grad = None
+    for parameter, square in zip(used, squares_P.tolist(), strict=True):
+        if square == 0:
+            parameter.grad = None
     return norm
 
 

@@ -18,7 +18,7 @@ from crsm.data.tokenizer import build_tokenizer
 from crsm.model import build_model, load_checkpoint
 from crsm.tasks import build_tasks
 from crsm.training.backbone import BackboneStage
-from crsm.training.loop import run_stage
+from crsm.training.loop import STATE_FILE, LoopState, run_stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -128,6 +128,21 @@ def wait_until(condition, process, seconds=240):
     pytest.fail("it took too long")
 
 
+def straight_run(config_file, changes):
+    """The same steps without Ray, and without being killed, in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        config = load_config(config_file, changes)
+        tasks = build_tasks(config.tasks)
+        tokenizer = build_tokenizer(config.tokenizer, tasks, config.seed)
+        torch.manual_seed(config.seed)
+        stage = BackboneStage(build_model(config, tokenizer), config.stage_1, config.seed, tasks, tokenizer)
+        return stage, run_stage(stage)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_run_whose_worker_and_then_whose_driver_is_killed_ends_with_the_same_bits(config_file, tmp_path):
     changes = [f"stage_1.{key}={value}" for key, value in (("steps", 1500), ("checkpoint_every", 50))]
     changes += ["stage_1.evaluate_every=700", "stage_1.log_every=10"]
@@ -162,19 +177,43 @@ def test_a_run_whose_worker_and_then_whose_driver_is_killed_ends_with_the_same_b
     assert "goes on from step" in err
     resumed = json.loads((folder / "checkpoint" / "config.json").read_text())["report"]["stage_1"]
 
-    # The same steps without Ray, and without being killed.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        config = load_config(config_file, changes)
-        tasks = build_tasks(config.tasks)
-        tokenizer = build_tokenizer(config.tokenizer, tasks, config.seed)
-        torch.manual_seed(config.seed)
-        stage = BackboneStage(build_model(config, tokenizer), config.stage_1, config.seed, tasks, tokenizer)
-        straight = run_stage(stage)
-    finally:
-        torch.set_num_threads(threads)
+    stage, straight = straight_run(config_file, changes)
     assert resumed["loss"] == straight.metrics["loss"]
     ours, theirs = stage.model.state_dict(), load_checkpoint(folder / "checkpoint").model.state_dict()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def test_two_sharded_workers_whose_states_are_written_in_the_background_leave_what_one_process_leaves(
+    config_file, tmp_path
+):
+    course = ["stage_1.steps=9", "stage_1.checkpoint_every=2"]
+    how = ["workers=2", "strategy=fsdp", "async_checkpoints=true", "checkpoint_activations=true", "keep_checkpoints=3"]
+    changes = [*course, *(f"train.{setting}" for setting in how)]
+    args = ("--config", config_file, *(part for change in changes for part in ("--set", change)))
+    status, _, err = finish(start("jobs.stage_1_backbone", *args))
+    assert status == 0, err
+    folder = tmp_path / "runs" / "tiny" / "stage_1"
+    states = [LoopState.load(path / STATE_FILE, "stage_1") for path in sorted(folder.glob("checkpoint_*/"))]
+    assert [state.step for state in states] == [6, 8, 9]
+    theirs = load_checkpoint(folder / "checkpoint").model.state_dict()
+    stage, _ = straight_run(config_file, course)
+    for name, tensor in stage.model.state_dict().items():
+        assert torch.allclose(theirs[name], tensor, atol=1e-4), name
+
+
+def test_a_disk_that_is_full_in_the_background_stops_the_run_with_its_line(config_file, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        changes = ["stage_1.steps=100000", "train.async_checkpoints=true", "train.max_failures=0"]
+        changes += [f"train.storage_path={small}", "stage_1.checkpoint_every=50", "stage_1.evaluate_every=100000"]
+        args = ("--config", config_file, *(part for change in changes for part in ("--set", change)))
+        status, _, err = finish(start("jobs.stage_1_backbone", *args))
+        assert status == 1 and "No space left on device" in err.splitlines()[-1], err
+        for path in (small / "tiny" / "stage_1").glob("checkpoint_*/"):
+            LoopState.load(path / STATE_FILE, "stage_1")
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
