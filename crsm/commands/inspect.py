@@ -56,20 +56,21 @@ def _print_inspection(name: str, results: dict[str, Any]) -> None:
             drawn.add_row(*map(Text, row))
         console.print(drawn)
 
-    def row(values: list[float]) -> list[str]:
-        return [f"{value:.3f}" for value in values]
-
     table(
         f"{name}: parts",
         ["part", "parameters", "bytes"],
         [[part, f"{size['parameters']:,}", f"{size['bytes']:,}"] for part, size in results["parts"].items()],
     )
     table("sizes in bytes", ["what", "bytes"], [[what, f"{size:,}"] for what, size in results["bytes"].items()])
-    layers = [str(layer) for layer in range(len(results["layers"]["fusion"]))]
+    # A row per layer: models may have many.
+    layers = results["layers"]
     table(
         "per layer",
-        ["", *(f"layer {layer}" for layer in layers)],
-        [[what.replace("_", " "), *row(values)] for what, values in results["layers"].items()],
+        ["layer", *(what.replace("_", " ") for what in layers)],
+        [
+            [str(layer), *(f"{value:.3f}" for value in values)]
+            for layer, values in enumerate(zip(*layers.values(), strict=True))
+        ],
     )
     for task, steps in results["fidelity"].items():
         table(
