@@ -75,7 +75,7 @@ def run_two(folder: Path, poisoned: bool = False):
     return [torch.load(folder / f"rank_{rank}", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_two_workers_equal_one_over_20_steps(tmp_path):
     first, second = run_two(tmp_path)
     stage = make_stage()
@@ -124,7 +124,7 @@ def run_part(rank, world, folder, first, last):
         dist.destroy_process_group()
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_workers_that_become_fewer_and_more_end_where_one_ends(tmp_path):
     mp.spawn(run_part, args=(2, str(tmp_path), 0, 7), nprocs=2)
     threads = torch.get_num_threads()
@@ -144,7 +144,7 @@ def test_workers_that_become_fewer_and_more_end_where_one_ends(tmp_path):
     )
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_a_bad_loss_on_one_worker_stops_all_of_them_before_the_update(tmp_path):
     first, second = run_two(tmp_path, poisoned=True)
     assert "step 1: loss = nan; nothing was updated" in second["error"]

@@ -193,12 +193,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_shards_have_the_gradients_norms_groups_and_sizes_of_the_whole(folder):
     assert [torch.load(folder / f"failed_{rank}") for rank in range(WORLD)] == [{}, {}]
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_what_shards_leave_is_the_state_and_the_model_of_one_process(folder):
     stage = make_stage()
     states = []
@@ -215,7 +215,7 @@ def test_what_shards_leave_is_the_state_and_the_model_of_one_process(folder):
             assert found.get(name) == pytest.approx(wanted.get(name), abs=1e-4), name
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 def test_one_process_goes_on_from_the_state_of_two_that_share_weights(folder):
     saved = LoopState.load(folder / "state", "stage_1")
     stage = make_stage()
