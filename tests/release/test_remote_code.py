@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -58,6 +59,14 @@ def pair(tied: bool = False) -> tuple[Checkpoint, CRSMForCausalLM]:
     return checkpoint, model.eval()
 
 
+@functools.cache
+def exact_pair(tied: bool) -> tuple[Checkpoint, CRSMForCausalLM]:
+    """The same in fp64, where a difference is one of the mathematics and not of the order of sums."""
+    checkpoint, model = copy.deepcopy(pair(tied))
+    checkpoint.model.double()
+    return checkpoint, model.double()
+
+
 def our_logits(checkpoint: Checkpoint, tokens_BT: torch.Tensor) -> torch.Tensor:
     model = checkpoint.model
     for layer in model.backbone.layers:
@@ -71,21 +80,30 @@ def our_logits(checkpoint: Checkpoint, tokens_BT: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 @given(length=st.integers(1, 40), cut=st.integers(0, 39), seed=st.integers(0, 999), tied=st.booleans())
 def test_logits_are_ours_in_one_piece_in_two_and_token_by_token(length: int, cut: int, seed: int, tied: bool) -> None:
-    checkpoint, model = pair(tied)
+    checkpoint, model = exact_pair(tied)
     tokens = torch.randint(31, (2, length), generator=torch.Generator().manual_seed(seed))
     want = our_logits(checkpoint, tokens)
-    torch.testing.assert_close(model(tokens).logits, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(tokens).logits, want, atol=1e-10, rtol=1e-10)
     cut = min(cut, length - 1)
     head = model(tokens[:, :cut], use_cache=True) if cut else None
     tail = model(tokens[:, cut:], past_key_values=head.past_key_values if head else None)
-    torch.testing.assert_close(tail.logits, want[:, cut:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tail.logits, want[:, cut:], atol=1e-10, rtol=1e-10)
     state, said = None, []
     for token in tokens.T:
         output = model(token[:, None], past_key_values=state, use_cache=True)
         state = output.past_key_values
         said.append(output.logits[:, 0])
-    torch.testing.assert_close(torch.stack(said, dim=1), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.stack(said, dim=1), want, atol=1e-10, rtol=1e-10)
     assert state is not None and state.get_seq_length() == length
+
+
+@torch.no_grad()
+def test_logits_of_nano_are_ours_to_the_last_digits_of_fp32(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint("nano")
+    model = exported(checkpoint, tmp_path / "nano", licence="mit")
+    tokens = torch.randint(2, 53, (4, 150), generator=torch.Generator().manual_seed(0))
+    want = our_logits(checkpoint, tokens)
+    assert (model(tokens).logits - want).abs().max() <= 1e-6 * want.abs().max()
 
 
 @torch.no_grad()
@@ -173,7 +191,12 @@ def test_generate_says_what_system_1_says_to_a_padded_batch(tmp_path: Path, dtyp
 
 
 def test_matrices_load_as_bf16_and_what_needs_fp32_stays(tmp_path: Path) -> None:
-    model = exported(tiny_checkpoint(), tmp_path / "exported", dtype="bf16")
+    export_checkpoint(tiny_checkpoint(), tmp_path / "exported", dtype="bf16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "exported",
+        trust_remote_code=True,
+        dtype="auto",  # the default since transformers 5
+    )
     assert model.dtype == torch.bfloat16
     for name, parameter in model.named_parameters():
         wide = name.endswith(("A_log", "dt_bias", "mixer.D", "logits_L"))
