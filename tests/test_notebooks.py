@@ -28,7 +28,7 @@ PICTURES = {
     "2_world_model": 2,
     "3_judgment": 2,
     "4_plan_writer": 3,
-    "5_inference_and_search_trees": 5,
+    "5_inference_and_search_trees": 6,
 }
 """Pictures that a notebook draws."""
 QUICK = "5_inference_and_search_trees"

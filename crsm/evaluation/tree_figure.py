@@ -54,7 +54,7 @@ def tree_figure(
     draw_tree(axes, nodes, word)
     axes.set_title(title, fontsize=12.5, loc="left", color=INK)
     scale = figure.colorbar(ScalarMappable(Normalize(0, 1), VALUES), cax=figure.add_axes((0.91, 0.15, 0.014, 0.6)))
-    scale.set_label("value: probability of a right end", fontsize=9.5, color=INK)
+    scale.set_label("value (consensus of all layers)", fontsize=9.5, color=INK)
     scale.outline.set_visible(False)
     return figure
 
@@ -126,28 +126,27 @@ def draw_tree(axes: Axes, nodes: Sequence[_Drawn], word: Callable[[int], str]) -
         weight = "bold" if drawn.on_line else "normal"
         axes.text(x, y, name, ha="center", va="center", fontsize=9.5, color=INK, fontweight=weight, zorder=3)
         axes.annotate(
-            f"{node['visits']}×  {node['value']:.2f}",
+            # A consensus may lie a hair below 0; nobody wants to read "-0.00".
+            f"{node['visits']}×\n{round(node['value'], 2) + 0.0:.2f}",
             (x, y),
-            (0, -11 - 10 * share**0.5),
+            (12 + 7 * share**0.5, 0),
             textcoords="offset points",
-            ha="center",
-            va="top",
-            fontsize=7.5,
+            va="center",
+            fontsize=8,
             color=INK,
-            bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
             zorder=4,
         )
         if drawn.parent == 0:  # what System 1 thinks of the choice, beside what the search does with it
             axes.annotate(
                 f"prior {node['prior']:.2f}",
                 (x, y),
-                (0, 13 + 9 * share**0.5),
+                (0, 12 + 8 * share**0.5),
                 textcoords="offset points",
                 ha="center",
-                fontsize=7.5,
+                fontsize=8,
                 color=GREY,
                 bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
                 zorder=4,
             )
-    axes.margins(0.06, 0.16)
+    axes.margins(0.10, 0.14)
     axes.axis("off")

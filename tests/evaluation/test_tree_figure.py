@@ -52,12 +52,16 @@ def test_a_token_of_the_line_marks_its_place_in_the_tree_and_no_other():
 def test_the_picture_shows_words_visits_values_and_what_system_1_thought():
     figure = tree_figure(TREE, "abcdefghij".__getitem__, (3, 4, 9), title="a plan")
     said = texts(figure)
-    for part in ("now", "d", "e", "j", "h", "5×  0.50", "3×  0.90", "1×  1.00"):
+    for part in ("now", "d", "e", "j", "h", "5×\n0.50", "3×\n0.90", "1×\n1.00"):
         assert part in said
     assert said.count("prior 0.25") == 2  # of the root's children only
     assert figure.axes[0].get_title(loc="left") == "a plan"
     blue = [line for line in figure.axes[0].lines if same_color(line.get_color(), SYSTEM_2)]
     assert len(blue) == 3 and len(figure.axes[0].lines) == 6
+
+
+def test_a_value_a_hair_below_zero_is_written_as_zero():
+    assert "1×\n0.00" in texts(tree_figure(node(None, 2, node(3, 1, value=-0.001)), str))
 
 
 def test_a_tree_of_a_single_node_is_drawn():
