@@ -119,6 +119,18 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class WholeGroup:
+    """What every worker knows of a group whose rows are divided over all of them."""
+
+    lengths_B: np.ndarray
+    """Tokens of each answer of all problems, verdicts included; a problem's attempts neighbour each other. int64"""
+    first_row: int
+    """Of these, the first that is this worker's."""
+    checksum: int
+    """Sum of all answers' tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class AttemptGroup:
     """Problems of one task with several answers each; the prompt need be run only once for all of them."""
 
@@ -139,6 +151,13 @@ class AttemptGroup:
     """Problems of the whole step, over all tasks and workers."""
     step_answer_tokens: int
     """True entries of ``answer_mask_BAt`` of the whole step."""
+    part_of: WholeGroup | None = None
+    """None: these rows are all there are."""
+
+    @property
+    def whole(self) -> WholeGroup:
+        """What these rows are a part of."""
+        return self.part_of or WholeGroup(self.answer_lengths_BA.reshape(-1), 0, int(self.answers_BAt.sum()))
 
     @property
     def answer_lengths_BA(self) -> np.ndarray:
@@ -156,9 +175,10 @@ class AttemptGroup:
         return tuple(row[:length] for row, length in zip(self.prompts_BT, self.prompt_lengths_B, strict=True))
 
     def rows(self, index: slice) -> AttemptGroup:
-        """Some of the problems; the totals stay those of the step."""
+        """Some of the problems; the totals stay those of the step, and nothing is known of the other rows."""
         return replace(
             self,
+            part_of=None,
             prompts_BT=self.prompts_BT[index],
             prompt_lengths_B=self.prompt_lengths_B[index],
             answers_BAt=self.answers_BAt[index],
@@ -394,7 +414,9 @@ def attempt_groups(
     for group, rows in zip(groups, _parts([len(group.problems) for group in groups], rank, world), strict=True):
         part = group.rows(rows)
         if part.problems:
-            parts.append(replace(part, step_problems=step_problems, step_answer_tokens=step_answer_tokens))
+            whole = replace(group.whole, first_row=rows.start * attempts)
+            totals = {"step_problems": step_problems, "step_answer_tokens": step_answer_tokens}
+            parts.append(replace(part, part_of=whole, **totals))
     if not parts:
         raise ValueError(f"batch = {batch} leaves worker {rank} of {world} without a problem; allowed: a larger batch")
     return parts

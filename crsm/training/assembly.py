@@ -40,6 +40,10 @@ class Drawn(NamedTuple):
     """0: no earlier write; 1: of the same attempt; 2: of another attempt at the problem."""
     withdrawn_B: np.ndarray
     """Whether the earlier write is taken out again first."""
+    planned: int = 0
+    """Tokens that the plans of the whole group say, over all workers."""
+    after: int = 0
+    """Tokens that follow them."""
 
 
 class AssemblyStage(Stage):
@@ -83,24 +87,30 @@ class AssemblyStage(Stage):
             texts = Texts.from_group(group, self.world, self.device)
             name = self.tasks[group.task_index].name
             drawn = self._draw(texts, keyed_rng("writer", name, self.seed, index))
-            follow_M, after = write_losses(self.model, texts, drawn)
-            loss = loss + texts.share * (follow_M.mean() + self.settings.after_weight * after)
-            metrics[f"follow_loss/{name}"] = scalar(follow_M.mean())
-            metrics[f"after_kl/{name}"] = scalar(after)
+            follow_M, after_M = write_losses(self.model, texts, drawn)
+            follow, after = follow_M.sum() / max(1, drawn.planned), after_M.sum() / max(1, drawn.after)
+            loss = loss + texts.share * (follow + self.settings.after_weight * after)
+            # Of this worker's part, as far as it stands for the whole.
+            metrics[f"follow_loss/{name}"] = self.world * scalar(follow)
+            metrics[f"after_kl/{name}"] = self.world * scalar(after)
         metrics["loss"] = scalar(loss)
         return loss, metrics
 
     def _draw(self, texts: Texts, rng: np.random.Generator) -> Drawn:
-        sequences = len(texts.answer_BT)
+        """For all rows of the group, so that every worker draws the same, of which this worker takes its own."""
+        sequences, own = len(texts.whole.lengths_B), texts.own
         # Somewhere in a row that is drawn: rows that have ended by then take no part, and this one does.
-        some = int(texts.length_B[int(rng.integers(sequences))])
+        some = int(texts.whole.lengths_B[int(rng.integers(sequences))])
         target = int(rng.integers(0, max(1, some - 1)))
-        left_B = np.maximum(1, texts.length_B.cpu().numpy() - 1 - target)
-        length_B = np.minimum(rng.integers(1, self.plan_length + 1, size=sequences), left_B)
+        left_B = np.maximum(0, texts.whole.lengths_B - 1 - target)
+        length_B = np.minimum(rng.integers(1, self.plan_length + 1, size=sequences), np.maximum(1, left_B))
+        planned = int(np.minimum(length_B, left_B).sum())
         earlier = rng.random(sequences) < self.settings.earlier_write if target > 0 else np.zeros(sequences, bool)
         which_B = np.where(earlier, rng.integers(1, 3, size=sequences), 0)
         alpha_B = rng.choice(self.settings.rates, size=sequences).astype(np.float32)
-        return Drawn(target, length_B, alpha_B, which_B, rng.random(sequences) < 0.5)
+        withdrawn_B = rng.random(sequences) < 0.5
+        rows = (length_B[own], alpha_B[own], which_B[own], withdrawn_B[own])
+        return Drawn(target, *rows, planned, int(left_B.sum()) - planned)
 
     @torch.no_grad()
     def evaluate(self) -> Metrics:
@@ -123,9 +133,9 @@ class AssemblyStage(Stage):
             afters = []
             for _ in range(4):
                 drawn = self._draw(texts, rng)
-                follow_M, after = write_losses(self.model, texts, drawn, hits=True)
+                follow_M, after_M = write_losses(self.model, texts, drawn, hits=True)
                 rates.append(scalar(follow_M.mean()))
-                afters.append(scalar(after))
+                afters.append(scalar(after_M.sum()) / max(1, len(after_M)))
             metrics[f"valid/follow_rate/{name}"] = float(np.mean(rates))
             metrics[f"valid/after_kl/{name}"] = float(np.mean(afters))
         return metrics
@@ -138,8 +148,8 @@ def write_losses(model: CRSM, texts: Texts, drawn: Drawn, hits: bool = False) ->
     """What a write does to the tokens it plans and to those after it.
 
     Returns:
-        Cross-entropy of every planned token (or, with ``hits``, 1 where it is the most likely one), and the mean KL
-        from the uninjected backbone on the tokens after the plan.
+        Cross-entropy of every planned token (or, with ``hits``, 1 where it is the most likely one), and the KL from the
+        uninjected backbone of every token after the plan.
     """
     target = drawn.target
     roots = (target,) if target == 0 else (target - 1, target)
@@ -166,7 +176,7 @@ def write_losses(model: CRSM, texts: Texts, drawn: Drawn, hits: bool = False) ->
     with torch.no_grad():
         plain_BTV = model.logits(trace.hidden_SBLD[target + 1 : -1].transpose(0, 1)).log_softmax(dim=-1)
     kl_BT = (plain_BTV.exp() * (plain_BTV - log_probs_BTV)).sum(dim=-1)
-    return follow_M, (kl_BT * after_BT).sum() / after_BT.sum().clamp_min(1)
+    return follow_M, kl_BT[after_BT]
 
 
 def _lines(answer_BT: Tensor, start: int, length: int) -> Tensor:

@@ -54,34 +54,39 @@ class DynamicsStage(Stage):
 
     def forward(self, batch: list[AttemptGroup]) -> tuple[Tensor, Metrics]:
         settings = self.settings
-        loss = torch.zeros((), device=self.device)
+        # Attached to the weights also where this worker's texts end before all roots.
+        loss = 0.0 * self.model.world_model.encoder.bias.sum()
         metrics: Metrics = {}
         for group in batch:
             texts = Texts.from_group(group, self.world, self.device)
             roots = self._roots(texts)
             trace = trace_backbone(self.model.backbone, texts, roots, self.model.world_model.read_layers)
-            steps = list(unroll(self.model, self.model.world_model, trace, texts, settings.unroll))
-            policy = torch.stack([step.policy_kl_M.mean() for step in steps]).mean()
-            value = torch.stack([masked_mean(step.value_loss_M, step.judged_M) for step in steps]).mean()
-            cosine = torch.stack([step.cosine_M.mean() for step in steps]).mean()
+            rows = rows_of_steps(texts, roots, settings.unroll)
+            policy = value = cosine = torch.zeros((), device=self.device)
+            for step in unroll(self.model, self.model.world_model, trace, texts, settings.unroll):
+                real, judged = rows[step.step - 1]
+                policy = policy + step.policy_kl_M.sum() / real / len(rows)
+                value = value + (step.value_loss_M * step.judged_M).sum() / max(1, judged) / len(rows)
+                cosine = cosine + step.cosine_M.sum() / real / len(rows)
             weighted = settings.policy_weight * policy + settings.value_weight * value + settings.cosine_weight * cosine
             loss = loss + texts.share * weighted
             name = self.tasks[group.task_index].name
             metrics |= {
-                f"policy_kl/{name}": scalar(policy),
-                f"value_loss/{name}": scalar(value),
-                f"cosine_distance/{name}": scalar(cosine),
+                # Of this worker's part, as far as it stands for the whole.
+                f"policy_kl/{name}": self.world * scalar(policy),
+                f"value_loss/{name}": self.world * scalar(value),
+                f"cosine_distance/{name}": self.world * scalar(cosine),
             }
         metrics["loss"] = scalar(loss)
         return loss, metrics
 
     def _roots(self, texts: Texts) -> tuple[int, ...]:
         """Every position of the answers, or some of them at random, the same on every worker."""
-        every, count = int(texts.length_B.max()), self.settings.roots
+        every, count = int(texts.whole.lengths_B.max()), self.settings.roots
         if count is None or count >= every:
             return tuple(range(every))
         # From the texts themselves, so that the loss stays a function of its batch.
-        picked = np.random.default_rng(int(texts.answer_BT.sum())).choice(every, size=count, replace=False)
+        picked = np.random.default_rng(texts.whole.checksum).choice(every, size=count, replace=False)
         return tuple(sorted(int(root) for root in picked))
 
     @torch.no_grad()
@@ -130,6 +135,16 @@ class UnrolledStep(NamedTuple):
     """Rows that stand on the last token before the verdict."""
     index_M: Tensor
     """Sequence of each row."""
+
+
+def rows_of_steps(texts: Texts, roots: Sequence[int], steps: int) -> list[tuple[int, int]]:
+    """How many rows of the whole group, over all workers, each unrolled step has, and how many of them are judged; as
+    many steps as have any."""
+    consumed_SR = np.arange(1, steps + 1)[:, None] + np.asarray(roots)
+    lengths_B = texts.whole.lengths_B
+    real_S = (consumed_SR[..., None] <= lengths_B).sum(axis=(1, 2))
+    judged_S = (consumed_SR[..., None] < lengths_B).sum(axis=(1, 2))
+    return [(int(real), int(judged)) for real, judged in zip(real_S, judged_S, strict=True) if real]
 
 
 def masked_mean(x_M: Tensor, mask_M: Tensor) -> Tensor:

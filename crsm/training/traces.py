@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crsm.data.sequences import AttemptGroup
+from crsm.data.sequences import AttemptGroup, WholeGroup
 from crsm.mamba_ssm import Backbone
 from crsm.types import LayerState, ModelState
 
@@ -37,7 +37,15 @@ class Texts:
     problem_B: np.ndarray
     """Problem of each row."""
     share: float
-    """This worker's weight of the group in the step's mean, times the number of workers."""
+    """Weight of the group in the step's mean, times the number of workers."""
+    whole: WholeGroup
+    """The group over all workers: a mean over its rows is a sum over these here, divided by what there is of all. Then
+    the loss is the same whatever the number of workers."""
+
+    @property
+    def own(self) -> slice:
+        """The rows here among those of the whole group."""
+        return slice(self.whole.first_row, self.whole.first_row + len(self.answer_BT))
 
     @classmethod
     def from_group(cls, group: AttemptGroup, world: int = 1, device: torch.device | str = "cpu") -> Texts:
@@ -61,7 +69,8 @@ class Texts:
             attempts=attempts,
             outcome_B=group.outcome_BA.reshape(-1).astype(bool),
             problem_B=np.repeat(np.arange(problems), attempts),
-            share=world * problems / group.step_problems,
+            share=world * (len(group.whole.lengths_B) // attempts) / group.step_problems,
+            whole=group.whole,
         )
 
     @property

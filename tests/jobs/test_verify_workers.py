@@ -23,7 +23,7 @@ def differences(stage, steps, runs, *changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "steps"), [("stage_1", 50), ("stage_2", 15), ("stage_4", 15)])
+@pytest.mark.parametrize(("stage", "steps"), [("stage_1", 50), ("stage_2", 50), ("stage_4", 50)])
 def test_two_workers_with_copies_or_shards_have_the_losses_of_one(stage, steps):
     runs = {strategy: [Leg(2, strategy)] for strategy in ("ddp", "fsdp")}
     found = differences(stage, steps, runs)

@@ -19,7 +19,7 @@ from crsm.tasks import build_task
 from crsm.training.dynamics import DynamicsStage, fidelity, trust_horizon, unroll
 from crsm.training.traces import Texts, trace_backbone
 from tests.fixtures import TASK, tiny_checkpoint, tiny_tokenizer
-from tests.training.texts import equal_group, prompt_of, ragged_group
+from tests.training.texts import equal_group, parts_of, prompt_of, ragged_group
 
 groups = pytest.mark.parametrize("make", [equal_group, ragged_group])
 
@@ -117,6 +117,18 @@ def test_a_short_part_of_a_padded_step_still_has_a_finite_loss() -> None:
         answers[0, 0, 0] = token
         loss, _ = stage([dataclasses.replace(padded, answers_BAt=answers)])
         assert bool(loss.isfinite())
+
+
+@groups
+@pytest.mark.parametrize("roots", [None, 2])
+def test_workers_losses_average_to_that_of_one_whatever_the_lengths_of_their_rows(
+    make: Callable[[], AttemptGroup], roots: int | None
+) -> None:
+    stage, group = stage_of(roots=roots), make()
+    alone, _ = stage([group])
+    stage.world = 2
+    shared = [stage([part])[0] for part in parts_of(group)]
+    assert float(sum(shared)) / 2 == pytest.approx(float(alone), rel=1e-5)
 
 
 def test_some_roots_are_drawn_from_the_texts_alone_and_ascend() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from torch import Tensor
 
@@ -67,6 +69,17 @@ def ragged_group() -> AttemptGroup:
             for b, row in enumerate(group.answers_BAt)
         ],
     )
+
+
+def parts_of(group: AttemptGroup) -> list[AttemptGroup]:
+    """A problem for each of two workers."""
+    attempts = group.answers_BAt.shape[1]
+    return [
+        dataclasses.replace(
+            group.rows(slice(row, row + 1)), part_of=dataclasses.replace(group.whole, first_row=row * attempts)
+        )
+        for row in (0, 1)
+    ]
 
 
 def whole_texts(group: AttemptGroup) -> list[list[int]]:
