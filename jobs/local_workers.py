@@ -66,20 +66,31 @@ class _Stopped(Exception):
 
 def _work(rank: int, leg: Leg, number: int, begin: int, tree: dict[str, Any], stage: str, folder: str) -> None:
     import torch
-    import torch.distributed as dist
+
+    from crsm.training.execution import run_connected
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)
+
+    def train() -> None:
+        _train(rank, leg, begin, tree, stage, folder)
+
+    if leg.workers == 1:
+        train()
+    else:
+        run_connected(train, rank=rank, world=leg.workers, store=f"{folder}/store_{number}", patience=_PATIENCE)
+
+
+def _train(rank: int, leg: Leg, begin: int, tree: dict[str, Any], stage: str, folder: str) -> None:
+    import torch
 
     from crsm.config import parse_config
     from crsm.training.execution import prepare
     from crsm.training.loop import LoopState, run_stage
     from jobs.train_worker import build_stage
 
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", FutureWarning)
     config = parse_config(tree, source="the settings")
     built = build_stage(Work(stage, tree, None, folder, None, {}, ""), config)
-    if leg.workers > 1:
-        store = f"file://{folder}/store_{number}"
-        dist.init_process_group("gloo", store, rank=rank, world_size=leg.workers, timeout=_PATIENCE)
     settings = config.train.model_copy(update={"strategy": leg.strategy})
     module = prepare(built.stage, settings, world=leg.workers, device=torch.device("cpu"))
     done = begin
@@ -106,5 +117,3 @@ def _work(rank: int, leg: Leg, number: int, begin: int, tree: dict[str, Any], st
             on_checkpoint=save,
             save_now=save_now,
         )
-    if leg.workers > 1:
-        dist.destroy_process_group()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
+import gc
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,6 +18,8 @@ from crsm.mamba_ssm import Layer
 from crsm.model import CRSM
 from crsm.training.sharding import is_sharded, shard, whole_model
 from crsm.training.stage import Stage
+
+T = TypeVar("T")
 
 
 def prepare(stage: Stage, settings: TrainConfig, *, world: int, device: torch.device) -> nn.Module:
@@ -77,3 +83,25 @@ def finished_model(stage: Stage, rank: int) -> CRSM | None:
     for layer in stage.model.backbone.layers:
         layer._compiled_call_impl = None
     return stage.model.cpu()
+
+
+def run_connected(work: Callable[[], T], *, rank: int, world: int, store: str | Path, patience: timedelta) -> T:
+    """Does some work in one of several processes on the CPU, connected by gloo, where no launcher connects them.
+
+    Args:
+        work: makes what it needs, such as what :func:`prepare` gives, and keeps none of it.
+        rank: this worker.
+        world: number of workers.
+        store: a file that all of them reach and that does not exist yet.
+        patience: how long a worker waits for the others.
+
+    Raises:
+        RuntimeError: another worker has gone.
+    """
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world, timeout=patience)
+    done = work()
+    # A DDP module that outlives the group is its last owner: its end would join gloo's threads and hold the
+    # interpreter's lock, for which one of them may wait to drop a tensor.
+    gc.collect()
+    dist.destroy_process_group()
+    return done

@@ -22,7 +22,7 @@ def differences(stage, steps, runs, *changes):
     return {how: largest_difference(losses(config, stage, row), alone) for how, row in runs.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.serial
 @pytest.mark.parametrize(("stage", "steps"), [("stage_1", 50), ("stage_2", 50), ("stage_4", 50)])
 def test_two_workers_with_copies_or_shards_have_the_losses_of_one(stage, steps):
     runs = {strategy: [Leg(2, strategy)] for strategy in ("ddp", "fsdp")}
@@ -31,7 +31,7 @@ def test_two_workers_with_copies_or_shards_have_the_losses_of_one(stage, steps):
     assert max(found.values()) < TOLERANCE, found
 
 
-@pytest.mark.slow
+@pytest.mark.serial
 def test_a_run_of_two_then_one_then_four_workers_continues_the_curve():
     runs = {"changing": [Leg(2, "fsdp", 4), Leg(1, "ddp", 8), Leg(4, "fsdp")]}
     found = differences("stage_1", 12, runs, "train.checkpoint_activations=true")

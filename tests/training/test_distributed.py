@@ -1,5 +1,6 @@
 """Several workers under DDP do what one does with the same global batch."""
 
+import contextlib
 import math
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from crsm.data.tokenizer import build_tokenizer
 from crsm.model import build_model
 from crsm.tasks import build_tasks
 from crsm.training.backbone import BackboneStage
+from crsm.training.execution import run_connected
 from crsm.training.loop import LoopState, run_stage
 
 OVERRIDES = [
@@ -53,21 +55,24 @@ def make_stage(kind=BackboneStage):
     return kind(build_model(config, tokenizer), config.stage_1, config.seed, tasks, tokenizer)
 
 
+PATIENCE = timedelta(seconds=120)
+
+
 def work(rank, world, folder, poisoned):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=120)
-    )
-    stage = make_stage(Poisoned if poisoned else BackboneStage)
-    module = DistributedDataParallel(stage, find_unused_parameters=True)
-    found: dict[str, object] = {}
-    try:
-        result = run_stage(stage, rank=rank, world=world, module=module)
-        found = {"losses": [point["loss"] for point in result.curve if "loss" in point]}
-    except FloatingPointError as error:
-        found = {"error": str(error)}
-    torch.save({**found, "weights": stage.model.state_dict()}, f"{folder}/rank_{rank}")
-    dist.destroy_process_group()
+
+    def train():
+        stage = make_stage(Poisoned if poisoned else BackboneStage)
+        module = DistributedDataParallel(stage, find_unused_parameters=True)
+        found: dict[str, object] = {}
+        try:
+            result = run_stage(stage, rank=rank, world=world, module=module)
+            found = {"losses": [point["loss"] for point in result.curve if "loss" in point]}
+        except FloatingPointError as error:
+            found = {"error": str(error)}
+        torch.save({**found, "weights": stage.model.state_dict()}, f"{folder}/rank_{rank}")
+
+    run_connected(train, rank=rank, world=world, store=f"{folder}/store", patience=PATIENCE)
 
 
 def run_two(folder: Path, poisoned: bool = False):
@@ -75,7 +80,7 @@ def run_two(folder: Path, poisoned: bool = False):
     return [torch.load(folder / f"rank_{rank}", weights_only=True) for rank in (0, 1)]
 
 
-@pytest.mark.slow
+@pytest.mark.serial
 def test_two_workers_equal_one_over_20_steps(tmp_path):
     first, second = run_two(tmp_path)
     stage = make_stage()
@@ -96,35 +101,36 @@ class Preempted(Exception):
 def run_part(rank, world, folder, first, last):
     """Steps ``first`` to ``last``. Only the worker of the highest rank hears that it has to stop there."""
     torch.set_num_threads(1)
-    stage = make_stage()
-    module = None
-    if world > 1:
-        timeout = timedelta(seconds=120)
-        dist.init_process_group("gloo", f"file://{folder}/store_{first}", rank=rank, world_size=world, timeout=timeout)
-        module = DistributedDataParallel(stage, find_unused_parameters=True)
-    steps = first
 
-    def save_now():
-        nonlocal steps
-        steps += 1
-        return rank == world - 1 and steps == last
+    def train():
+        stage = make_stage()
+        module = DistributedDataParallel(stage, find_unused_parameters=True) if world > 1 else None
+        steps = first
 
-    def save(state):
-        assert state.step == last
-        if rank == 0:
-            state.save(f"{folder}/state_{last}")
-        raise Preempted
+        def save_now():
+            nonlocal steps
+            steps += 1
+            return rank == world - 1 and steps == last
 
-    resume = LoopState.load(f"{folder}/state_{first}", stage.name) if first else None
-    try:
-        run_stage(stage, rank=rank, world=world, module=module, resume=resume, on_checkpoint=save, save_now=save_now)
-    except Preempted:
-        pass
-    if world > 1:
-        dist.destroy_process_group()
+        def save(state):
+            assert state.step == last
+            if rank == 0:
+                state.save(f"{folder}/state_{last}")
+            raise Preempted
+
+        resume = LoopState.load(f"{folder}/state_{first}", stage.name) if first else None
+        with contextlib.suppress(Preempted):
+            run_stage(
+                stage, rank=rank, world=world, module=module, resume=resume, on_checkpoint=save, save_now=save_now
+            )
+
+    if world == 1:
+        train()
+    else:
+        run_connected(train, rank=rank, world=world, store=f"{folder}/store_{first}", patience=PATIENCE)
 
 
-@pytest.mark.slow
+@pytest.mark.serial
 def test_workers_that_become_fewer_and_more_end_where_one_ends(tmp_path):
     mp.spawn(run_part, args=(2, str(tmp_path), 0, 7), nprocs=2)
     threads = torch.get_num_threads()
@@ -144,7 +150,7 @@ def test_workers_that_become_fewer_and_more_end_where_one_ends(tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.serial
 def test_a_bad_loss_on_one_worker_stops_all_of_them_before_the_update(tmp_path):
     first, second = run_two(tmp_path, poisoned=True)
     assert "step 1: loss = nan; nothing was updated" in second["error"]

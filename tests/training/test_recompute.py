@@ -1,12 +1,14 @@
 """Activations that are computed again: the same gradients from less memory."""
 
+from datetime import timedelta
+
 import pytest
 import torch
-import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from crsm.kernels import native
+from crsm.training.execution import run_connected
 from crsm.training.precision import autocast
 
 CPU = torch.device("cpu")
@@ -67,8 +69,8 @@ def test_it_works_below_ddp_with_parts_that_a_batch_does_not_use(make_stage, tmp
     wanted, _ = gradients(stage)
     stage.zero_grad(set_to_none=True)
     stage.model.backbone.recompute = True
-    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+
+    def compare():
         module = DistributedDataParallel(stage, find_unused_parameters=True)
         assert_same(gradients(stage, module)[0], wanted)
         batch = stage.batch(0, 0, 0, 1)
@@ -76,7 +78,7 @@ def test_it_works_below_ddp_with_parts_that_a_batch_does_not_use(make_stage, tmp
             part.value_mask_BT[:] = False  # no judged row: no critic
         stage.zero_grad(set_to_none=True)
         module(batch)[0].backward()
-    finally:
-        dist.destroy_process_group()
+
+    run_connected(compare, rank=0, world=1, store=tmp_path / "store", patience=timedelta(seconds=60))
     assert stage.model.critic.weight_LD.grad is None
     assert stage.model.backbone.embedding.weight.grad is not None

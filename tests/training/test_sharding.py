@@ -1,12 +1,10 @@
 """Sharded weights: what is saved is whole, what a worker does not use counts as zero, and shards are small."""
 
-import contextlib
 import traceback
 from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -16,7 +14,7 @@ from crsm.data.tokenizer import build_tokenizer
 from crsm.model import build_model
 from crsm.tasks import build_tasks
 from crsm.training.backbone import BackboneStage
-from crsm.training.execution import finished_model, prepare
+from crsm.training.execution import finished_model, prepare, run_connected
 from crsm.training.loop import LoopState, run_stage
 from crsm.training.optimizer import build_optimizer, clip_gradients
 from crsm.training.sharding import bytes_of, clip_shards, gather, synchronised
@@ -167,11 +165,18 @@ def check_gather(rank):
 
 def work(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120)
+    run_connected(
+        lambda: check_all(rank, folder),
+        rank=rank,
+        world=WORLD,
+        store=f"{folder}/store",
+        patience=timedelta(seconds=120),
     )
+
+
+def check_all(rank, folder):
+    """In the same two processes: starting them takes longer than the checks."""
     failed = {}
-    # All in two processes: starting them takes longer than the checks.
     for check in (check_gather, check_optimizer_and_memory, check_gradients, check_unused, check_bf16):
         try:
             check(rank)
@@ -181,8 +186,6 @@ def work(rank, folder):
     else:
         check_whole_run(rank, folder)
     torch.save(failed, f"{folder}/failed_{rank}")
-    with contextlib.suppress(Exception):
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +196,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.serial
 def test_shards_have_the_gradients_norms_groups_and_sizes_of_the_whole(folder):
     assert [torch.load(folder / f"failed_{rank}") for rank in range(WORLD)] == [{}, {}]
 
 
-@pytest.mark.slow
+@pytest.mark.serial
 def test_what_shards_leave_is_the_state_and_the_model_of_one_process(folder):
     stage = make_stage()
     states = []
@@ -215,7 +218,7 @@ def test_what_shards_leave_is_the_state_and_the_model_of_one_process(folder):
             assert found.get(name) == pytest.approx(wanted.get(name), abs=1e-4), name
 
 
-@pytest.mark.slow
+@pytest.mark.serial
 def test_one_process_goes_on_from_the_state_of_two_that_share_weights(folder):
     saved = LoopState.load(folder / "state", "stage_1")
     stage = make_stage()

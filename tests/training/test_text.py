@@ -6,7 +6,6 @@ from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +15,7 @@ from crsm.data.tokenizer import build_tokenizer
 from crsm.model import build_model
 from crsm.tasks import build_tasks
 from crsm.training.backbone import BackboneStage
+from crsm.training.execution import run_connected
 from crsm.training.loop import LoopState, run_stage
 from tests.data.corpora import prose, tiny_config, write_jsonl
 
@@ -110,18 +110,16 @@ def test_a_resumed_run_ends_with_the_same_bits(straight, shards):
 
 def work(rank, world, folder):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=120)
-    )
-    stage = make_stage(folder)
-    result = run_stage(
-        stage, rank=rank, world=world, module=DistributedDataParallel(stage, find_unused_parameters=True)
-    )
-    torch.save({"losses": losses(result), "weights": stage.model.state_dict()}, f"{folder}/rank_{rank}")
-    dist.destroy_process_group()
+
+    def train():
+        stage = make_stage(folder)
+        module = DistributedDataParallel(stage, find_unused_parameters=True)
+        result = run_stage(stage, rank=rank, world=world, module=module)
+        torch.save({"losses": losses(result), "weights": stage.model.state_dict()}, f"{folder}/rank_{rank}")
+
+    run_connected(train, rank=rank, world=world, store=f"{folder}/store", patience=timedelta(seconds=120))
 
 
-@pytest.mark.slow
 @pytest.mark.serial
 def test_two_workers_equal_one(straight, shards):
     mp.spawn(work, args=(2, str(shards)), nprocs=2)
