@@ -415,8 +415,9 @@ def attempt_groups(
         part = group.rows(rows)
         if part.problems:
             whole = replace(group.whole, first_row=rows.start * attempts)
-            totals = {"step_problems": step_problems, "step_answer_tokens": step_answer_tokens}
-            parts.append(replace(part, part_of=whole, **totals))
+            parts.append(
+                replace(part, part_of=whole, step_problems=step_problems, step_answer_tokens=step_answer_tokens)
+            )
     if not parts:
         raise ValueError(f"batch = {batch} leaves worker {rank} of {world} without a problem; allowed: a larger batch")
     return parts
