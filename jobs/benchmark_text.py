@@ -27,6 +27,9 @@ def main(
         Path, typer.Option("--folder", metavar="DIR", help="Where the peers' training is kept; it goes on from there.")
     ] = Path("runs/peers"),
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch, for a peer's training.")] = 2,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="torch.compile for the peers; needs a C++ compiler.")
+    ] = True,
     config: ConfigOption = None,
     overrides: SetOption = None,
     seed: SeedOption = None,
@@ -65,7 +68,7 @@ def main(
     }
     torch.set_num_threads(threads)
     for name in names:
-        results["models"][name] = _train_peer(name, loaded, folder / f"{settings.name}-{name}", rows)
+        results["models"][name] = _train_peer(name, loaded, folder / f"{settings.name}-{name}", rows, compiled)
     _print(results["models"])
     write_result("benchmark_text", settings, settings.seed, results, json)
 
@@ -84,7 +87,7 @@ def _own_figures(loaded: Checkpoint, rows: int) -> dict[str, float]:
         return held_out.held_out_text(lambda part: scalar(language_and_value_loss(loaded.model, part)[0]), rows)
 
 
-def _train_peer(name: str, loaded: Checkpoint, folder: Path, rows: int) -> dict[str, Any]:
+def _train_peer(name: str, loaded: Checkpoint, folder: Path, rows: int, compiled: bool) -> dict[str, Any]:
     import torch
 
     from crsm.tasks import build_tasks
@@ -94,7 +97,8 @@ def _train_peer(name: str, loaded: Checkpoint, folder: Path, rows: int) -> dict[
     settings = loaded.config
     torch.manual_seed(settings.seed)
     model = build_peer(name, loaded.model.config.model.backbone)
-    stage = PeerStage(model, settings.stage_1, settings.seed, build_tasks(settings.tasks), loaded.tokenizer)
+    tasks = build_tasks(settings.tasks)
+    stage = PeerStage(model, settings.stage_1, settings.seed, tasks, loaded.tokenizer, compiled)
     fingerprint = {
         "peer": name,
         "backbone": loaded.model.config.model.backbone.model_dump(mode="json"),

@@ -2,7 +2,7 @@
 
 Same rows in the same order, same optimizer, schedule, clipping and loss (cross-entropy at the same targets), same
 evaluation: what differs is the model and where its weights start. A peer has no critics, so nothing of it is judged,
-and it has no reset at the border of two documents in a row.
+and it has no reset at the border of two documents in a row. ``torch.compile`` makes both about twice as fast here.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ def build_peer(name: str, sizes: BackboneConfig) -> nn.Module:
             n_embd=width,
             n_layer=gpt2_layers(sizes),
             n_head=max(1, width // _HEAD),
+            resid_pdrop=0.0,  # every row is seen once
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
             tie_word_embeddings=sizes.tie_embeddings,
             use_cache=False,
         )
@@ -100,9 +103,17 @@ class PeerStage(Stage):
     settings: BackboneStageConfig
 
     def __init__(
-        self, peer: nn.Module, settings: BackboneStageConfig, seed: int, tasks: Sequence[Task], tokenizer: Tokenizer
+        self,
+        peer: nn.Module,
+        settings: BackboneStageConfig,
+        seed: int,
+        tasks: Sequence[Task],
+        tokenizer: Tokenizer,
+        compiled: bool = False,
     ) -> None:
         nn.Module.__init__(self)
+        if compiled:  # one graph for rows of all lengths
+            peer.compile(dynamic=True)
         self.peer, self.settings, self.seed, self.world = peer, settings, seed, 1
         self.rows = BackboneRows(settings, seed, tasks, tokenizer)
 
