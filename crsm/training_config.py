@@ -121,7 +121,8 @@ class DynamicsStageConfig(StageConfig):
     value_weight: Annotated[float, Field(ge=0)] = 2.0
     cosine_weight: Annotated[float, Field(ge=0)] = 0.1
     trust_kl: Annotated[float, Field(gt=0)] = 0.25
-    """The trust horizon is the last step whose mean policy KL (nats) and value error stay under these."""
+    """The trust horizon is the last step up to which mean policy KL (nats) and value error stay under these, in every
+    task that goes on so long."""
     trust_value_error: Annotated[float, Field(gt=0)] = 0.15
 
 

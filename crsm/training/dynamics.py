@@ -243,10 +243,13 @@ def _branch_accuracy(step: UnrolledStep, texts: Texts) -> float:
 
 
 def trust_horizon(table: Fidelity, kl: float, value_error: float) -> int:
-    """Steps over which every task's mean policy KL and value error stay within the bounds, without a gap."""
+    """Steps over which every task's mean policy KL and value error stay within the bounds, without a gap.
+
+    A task whose answers have ended by a step says nothing of it.
+    """
     horizon = 0
-    for step in range(1, min(len(rows) for rows in table.values()) + 1):
-        rows = [task[step - 1] for task in table.values()]
+    for step in range(1, max(len(rows) for rows in table.values()) + 1):
+        rows = [task[step - 1] for task in table.values() if len(task) >= step]
         # Written so that a NaN ends it too.
         if not all(row["policy_kl"] <= kl and row["value_error"] <= value_error for row in rows):
             break

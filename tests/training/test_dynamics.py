@@ -150,7 +150,8 @@ def rows_of(*pairs: tuple[float, float]) -> list[dict[str, float]]:
         ({"a": rows_of((0.1, 0.1), (0.1, 0.2), (0.1, 0.1))}, 1),  # no gap is stepped over
         ({"a": rows_of((0.9, 0.1), (0.1, 0.1))}, 0),
         ({"a": rows_of((0.1, 0.1), (0.1, 0.1)), "b": rows_of((0.1, 0.1), (0.9, 0.1))}, 1),  # every task
-        ({"a": rows_of((0.1, 0.1), (0.1, 0.1)), "b": rows_of((0.1, 0.1))}, 1),  # as far as all were measured
+        ({"a": rows_of((0.1, 0.1), (0.1, 0.1)), "b": rows_of((0.1, 0.1))}, 2),  # b has ended
+        ({"a": rows_of((0.1, 0.1), (0.9, 0.1)), "b": rows_of((0.1, 0.1))}, 1),
         ({"a": rows_of((0.25, 0.15))}, 1),  # on the bound
         ({"a": rows_of((math.nan, 0.1))}, 0),  # a model that broke is not trusted
         ({"a": rows_of((0.1, 0.1), (0.1, math.nan))}, 1),
