@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,35 @@ def start_ray(
         yield
     finally:
         ray.shutdown()
+
+
+def require_resources(need: Mapping[str, float], what: str) -> None:
+    """Finds out now, and not by waiting for ever, whether the cluster has what is needed, used or not.
+
+    Without a Ray session it is the local cluster to come that is looked at; a cluster behind ``RAY_ADDRESS`` can only
+    be asked once it is connected to. Of a cluster that grows it counts what it can grow to.
+
+    Raises:
+        ValueError: it has less; what is asked and what is there are named.
+    """
+    if ray.is_initialized():
+        from ray._private.state import state
+
+        there = dict(ray.cluster_resources())
+        for resource, most in (state.get_max_resources_from_cluster_config() or {}).items():
+            there[resource] = max(there.get(resource, 0.0), float(most))
+    elif os.environ.get("RAY_ADDRESS", "local") == "local":
+        import torch
+
+        there = {"CPU": float(max(core_count(), MIN_CPUS)), "GPU": float(torch.cuda.device_count())}
+    else:
+        return
+    for resource, amount in need.items():
+        if there.get(resource, 0.0) < amount:
+            raise ValueError(
+                f"{what} asks {amount:g} {resource}; the cluster has {there.get(resource, 0.0):g}. "
+                "Allowed: fewer of them, or a larger cluster"
+            )
 
 
 def upload_env() -> dict[str, Any]:

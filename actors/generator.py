@@ -30,6 +30,7 @@ from typing import Any
 import ray
 
 from actors.decode_loop import Closed, DecodeLoop, Refused
+from actors.devices import generator_device
 from actors.long_lived import freeze_memory
 from actors.metrics import PATIENCE, Counts, GeneratorCounts, exported
 from actors.planner import AS_TRAINED, PlannerActor, PlannerSettings
@@ -417,7 +418,11 @@ def start_generator(
     ``application`` (:mod:`actors.metrics`); None: by whoever reads ``metrics()``.
 
     Stop it with :func:`stop_generator`; it also ends with the process that started it.
+
+    Raises:
+        ValueError: a GPU is asked for and none is reserved, or the cluster has fewer than are reserved.
     """
+    engine = engine.model_copy(update={"device": generator_device(engine, num_gpus, planners)})
     source = share(checkpoint)
     actor_class = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=max_restarts)(GeneratorActor)
     actor = actor_class.remote(

@@ -25,9 +25,10 @@ import ray
 import torch
 
 from actors.weights import Weights, open_source
-from crsm.config import SearchConfig
+from crsm.config import DeviceName, SearchConfig
 from crsm.latent_dynamics import ExactDynamics, WorldModel
 from crsm.model import Checkpoint
+from crsm.placement import settled
 from crsm.reasoning import Deliberator
 from crsm.threads import use_threads
 from crsm.types import Plan, PlanRequest
@@ -46,6 +47,8 @@ class PlannerSettings:
     """Gate of every layer whatever the calibration says (ablations, roll-outs)."""
     world_model: Literal["latent", "exact"] | None = None
     keep_tree: bool = False
+    device: DeviceName | None = None
+    """Where the network computes; None: as the checkpoint says. The pool says what Ray reserves."""
 
     def planning_model(self, checkpoint: Checkpoint) -> WorldModel:
         """The world model that is searched, and for which the engine takes its snapshots."""
@@ -55,7 +58,13 @@ class PlannerSettings:
         return model.world_model if self.world_model == "latent" else ExactDynamics(model.backbone)
 
     def deliberator(self, checkpoint: Checkpoint, planner_id: str = "") -> Deliberator:
-        """The deliberator of a checkpoint under these settings."""
+        """The deliberator of a checkpoint under these settings.
+
+        Raises:
+            ValueError: a device that cannot be had.
+        """
+        device = self.device or checkpoint.config.planners.device
+        checkpoint = settled(checkpoint, device, "planners.device")
         return Deliberator.from_checkpoint(
             checkpoint,
             search=self.search,
@@ -64,6 +73,7 @@ class PlannerSettings:
             world_model=self.planning_model(checkpoint),
             keep_tree=self.keep_tree,
             planner_id=planner_id,
+            device=device,
         )
 
 

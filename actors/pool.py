@@ -38,6 +38,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayError
 
 from actors.autoscaling import ScalingPolicy
+from actors.devices import planner_device
 from actors.fleet import DEFAULT_RESTART, Batch, Failure, Phase, RestartPolicy
 from actors.health import HealthPolicy
 from actors.microbatch import Grant
@@ -113,8 +114,12 @@ class PlannerPool:
             num_cpus: CPUs that Ray reserves for each; None: what the settings say.
             planner_class: what each actor is.
             clock: seconds; the clock of the requests' deadlines.
+
+        Raises:
+            ValueError: a GPU is asked for and none is reserved, or the cluster has fewer than are reserved.
         """
-        self._config, self._settings, self._clock = config, settings, clock
+        self._config, self._clock = config, clock
+        self._settings = replace(settings, device=planner_device(config))
         self._state = PoolState(
             config.count,
             config.max_in_flight,

@@ -58,6 +58,9 @@ class RolloutActor:
     def __init__(self, source: str | Weights, config: Config, threads: int) -> None:
         use_threads(threads)
         self._checkpoint = open_source(source)
+        # No GPU is reserved for it, so that one it may see belongs to others.
+        here = {name: getattr(config, name).model_copy(update={"device": "cpu"}) for name in ("engine", "planners")}
+        config = config.model_copy(update=here)
         # The run's settings of search and sampling, with the sizes that the checkpoint has.
         model = self._checkpoint.model
         model.config = config.model_copy(update={"model": model.config.model})

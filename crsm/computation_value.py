@@ -50,8 +50,13 @@ def value_of_computation(
     Returns:
         (B,) float64. A factor that is NaN or infinite counts as 0: what cannot be judged ranks last, and still ranks.
     """
-    value_B = np.ones(len(log_probs_BV))
-    for factor_B in (entropy(log_probs_BV), disagreement(values_BL), np.asarray(expected_gate_B)):
+    return value_at_entropy(entropy(log_probs_BV), values_BL, expected_gate_B)
+
+
+def value_at_entropy(entropy_B: np.ndarray, values_BL: np.ndarray, expected_gate_B: np.ndarray | float) -> np.ndarray:
+    """The same, where the entropies of the next tokens are known."""
+    value_B = np.ones(len(entropy_B))
+    for factor_B in (entropy_B, disagreement(values_BL), np.asarray(expected_gate_B)):
         value_B = value_B * (np.nan_to_num(factor_B.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0) + EPSILON)
     return value_B
 

@@ -85,7 +85,8 @@ class CriticConfig(Settings):
 
 class WorldModelConfig(Settings):
     kind: Literal["latent", "exact"] = "latent"
-    """``latent``: the GRU; ``exact``: the backbone's own step behind the same interface (slow, the ceiling)."""
+    """What planners imagine with. ``latent``: the GRU that stage 2 fits; ``exact``: the backbone's own step, which
+    never errs and costs a token of System 1 each time: for small backbones."""
     width: Positive = 128
     """G"""
     read_layers: tuple[int, ...] | None = None
@@ -183,7 +184,15 @@ class SamplingConfig(Settings):
     """Go on to ``max_tokens`` whatever is said (measurements)."""
 
 
+DeviceName = Literal["auto", "cpu", "cuda"]
+"""``auto``: a GPU if there is one (for an actor: if Ray reserves one for it), else the CPU."""
+
+
 class EngineConfig(Settings):
+    device: DeviceName = "cpu"
+    """Where System 1 consumes tokens and keeps its states."""
+    cuda_graphs: bool = True
+    """On a GPU a step is recorded once per size of the batch and replayed, instead of launched kernel by kernel."""
     clock: Literal["virtual", "wall"] = "virtual"
     """``virtual``: a plan is there exactly at its target, whatever the machine's speed; ``wall``: when it arrives."""
     pace: Annotated[float, Field(gt=0)] | None = None
@@ -223,6 +232,8 @@ class PlannersConfig(Settings):
     """Planner threads or actors; 0: System 1 alone."""
     max_count: Positive | None = None
     """Actors at most: between ``count`` and this, as many as answer in time under the wall clock; None: ``count``."""
+    device: DeviceName = "cpu"
+    """Where the network of a search computes; the trees stay on the CPU."""
     threads: Positive = 1
     """Threads of torch inside one planner."""
     max_batch: Positive = 128
@@ -247,9 +258,12 @@ class PlannersConfig(Settings):
     num_cpus: Annotated[float, Field(ge=0)] = 1.0
     """CPUs that Ray reserves for an actor; fractions share one."""
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs that Ray reserves for an actor: a share of one, which several actors then use, or a whole number."""
 
     @model_validator(mode="after")
     def _counts_are_ordered(self) -> PlannersConfig:
+        if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
+            raise ValueError(f"planners.num_gpus = {self.num_gpus:g}; allowed: a share of one, or a whole number")
         if self.max_count is not None and self.max_count < self.count:
             raise ValueError(f"planners.max_count = {self.max_count}; allowed: at least count = {self.count}")
         return self
@@ -279,7 +293,14 @@ class Config(Settings):
         names = [task.label for task in self.tasks]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"tasks = {names}; allowed: at least one task, each name once (two of a kind: with an id)")
+        if not self.planned_tasks:
+            raise ValueError(f"plan = false for all of {', '.join(names)}; allowed: at least one task with plan = true")
         return self
+
+    @property
+    def planned_tasks(self) -> tuple[TaskConfig, ...]:
+        """What stages 2 to 4 teach System 2."""
+        return tuple(task for task in self.tasks if task.plan)
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:

@@ -21,10 +21,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from crsm.computation_value import ExpectedGate, value_of_computation
+from crsm.computation_value import ExpectedGate, entropy, value_at_entropy
 from crsm.config import DeliberationConfig, EngineConfig
 from crsm.decoding import Decoder
 from crsm.delta_buffer import DeltaBuffer, Fault, check_plan
+from crsm.devices import device_of, to_device, to_host
 from crsm.event_log import EventLog, reject_event, request_event
 from crsm.generation import Generation, SavedGeneration
 from crsm.latent_dynamics import WorldModel
@@ -124,11 +125,11 @@ class Deliberation:
 
     def renew(self, checkpoint: Checkpoint) -> None:
         """Takes notice of other weights: plans of another version are refused from now on."""
-        self._checkpoint = checkpoint
+        self._checkpoint, self._device = checkpoint, device_of(checkpoint.model)
         critic = checkpoint.model.critic
         # For ranking, a few numbers per generation: numpy takes a tenth of what the module's small tensors cost.
-        self._critic_LD = critic.weight_LD.detach().float().numpy()
-        self._critic_L = critic.bias_L.detach().float().numpy()
+        self._critic_LD = critic.weight_LD.detach().float().cpu().numpy()
+        self._critic_L = critic.bias_L.detach().float().cpu().numpy()
 
     # ---------------------------------------------------------------- asking
 
@@ -159,11 +160,11 @@ class Deliberation:
                 due = self._worthiest(due, room, slots)
             if not due:
                 return
+        wire = self._config.wire
         hidden_BLD, ssm_BLHPN, conv_BLCK = slots.read(
-            [generation.slot for generation in due], self._world_model.read_layers, self._world_model.needs_conv
+            [generation.slot for generation in due], self._world_model.read_layers, self._world_model.needs_conv, wire
         )
         value_B = self._values(due, hidden_BLD) if room is not None and len(generations) > 1 else None
-        wire = self._config.wire
         hidden, ssm = to_wire(hidden_BLD, wire), to_wire(ssm_BLHPN, wire)
         conv = None if conv_BLCK is None else to_wire(conv_BLCK, wire)
         requests = []
@@ -322,12 +323,16 @@ class Deliberation:
 
     def _values(self, generations: Sequence[Generation], hidden_BLD: torch.Tensor) -> np.ndarray:
         """What plans are expected to be worth to these generations."""
-        log_probs_BV = self._decoder.logits(hidden_BLD).log_softmax(dim=-1).numpy()
+        log_probs_BV = self._decoder.logits(to_device(hidden_BLD, self._device)).log_softmax(dim=-1)
+        if log_probs_BV.is_cpu:
+            entropy_B = entropy(log_probs_BV.numpy())
+        else:  # a number each comes back, not a vocabulary
+            entropy_B = to_host(torch.special.entr(log_probs_BV.exp()).sum(dim=-1))[0].numpy()
         hidden = hidden_BLD.numpy()
         scale_BL = 1 / np.sqrt((hidden * hidden).mean(axis=2) + 1e-5)
         logits_BL = np.einsum("bld,ld->bl", hidden, self._critic_LD) * scale_BL + self._critic_L
         gates_B = self._expected_gate.expected_all([generation.id for generation in generations])
-        return value_of_computation(log_probs_BV, 1 / (1 + np.exp(-logits_BL)), gates_B)
+        return value_at_entropy(entropy_B, 1 / (1 + np.exp(-logits_BL)), gates_B)
 
     # ---------------------------------------------------------------- receiving
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from crsm.config import EngineConfig
 from crsm.decoding import select_decoder
 from crsm.deliberation import Deliberation
+from crsm.devices import device_of, index_on
 from crsm.event_log import EventLog, inject_event, start_event, token_event
 from crsm.generation import Generation, GenerationRequest
 from crsm.latent_dynamics import WorldModel
@@ -39,10 +40,11 @@ from crsm.metrics import PlanMetrics
 from crsm.model import Checkpoint
 from crsm.pace import beat, first_beat, time_of
 from crsm.parking import Parking
+from crsm.placement import settled
 from crsm.plan_events import PlanEvent
 from crsm.planners import Planners
 from crsm.prompts import Prompt, choose_prompts, consume_chunks
-from crsm.sampling import choose_token, mix_policy
+from crsm.sampling import choose_token, look_up, mix_policy
 from crsm.saved_generation import SavedGeneration, unpack
 from crsm.slots import make_slots
 from crsm.steering import NEVER, Steering
@@ -91,10 +93,12 @@ class Engine:
             sleep: waits, for the pace; may return early.
 
         Raises:
-            ValueError: planners and an injection source, whose plans would meet; a decoder that cannot be had.
+            ValueError: planners and an injection source, whose plans would meet; a decoder or a device that cannot be
+                had.
         """
         if planners is not None and injection_source is not None:
             raise ValueError("planners and an injection_source; allowed: one of them, or neither")
+        checkpoint = settled(checkpoint, config.device, "engine.device")
         self.checkpoint, self.config, self.metrics = checkpoint, config, PlanMetrics()
         self.sleep = sleep
         self._model, self._source, self._log, self._clock = checkpoint.model, injection_source, event_log, clock
@@ -109,7 +113,7 @@ class Engine:
             event_log=event_log,
             clock=clock,
         )
-        self._slots = make_slots(self._model, decoder, min(_FIRST_SLOTS, config.max_batch))
+        self._slots = make_slots(self._model, decoder, min(_FIRST_SLOTS, config.max_batch), config.cuda_graphs)
         self._free = list(range(self._slots.capacity))
         self._terminal = frozenset(checkpoint.tokenizer.terminal_ids)
         self._generations: dict[str, Generation] = {}
@@ -393,7 +397,7 @@ class Engine:
             speaking = [row for row, generation in enumerate(group.generations) if not generation.tokens]
             ended: list[Generation] = []
             if speaking:
-                rows = torch.tensor(speaking)
+                rows = index_on(speaking, group.logits_BV.device)
                 generations = [group.generations[row] for row in speaking]
                 said_first, ended = self._say(generations, group.logits_BV[rows].log_softmax(dim=-1), {})
                 said += said_first
@@ -413,21 +417,26 @@ class Engine:
     ) -> tuple[list[Token], list[Generation]]:
         """Samples a token per row; the tokens, and the generations whose turns are over by them."""
         now = self._clock()
-        picked = log_probs_BV.argmax(dim=-1).tolist()
-        for row, generation in enumerate(generations):
-            sampling = generation.request.sampling
-            if sampling.temperature == 0 and row not in injections and not generation.forced:
-                continue
-            if (injection := injections.get(row)) is not None and injection.policy_weight > 0:
+        mixed = {row for row, injection in injections.items() if injection.policy_weight > 0}
+        chosen = [
+            row
+            for row, generation in enumerate(generations)
+            if generation.request.sampling.temperature > 0 or row in mixed or generation.forced
+        ]
+        picked, logprobs, whole = look_up(log_probs_BV, chosen)
+        for row, log_probs_V in whole.items():
+            generation, sampling = generations[row], generations[row].request.sampling
+            if row in mixed:
+                injection = injections[row]
                 plan = injection.plan
                 tokens, probs = torch.tensor(plan.policy_tokens_A), torch.tensor(plan.policy_probs_A)
-                log_probs_BV[row] = mix_policy(log_probs_BV[row], tokens, probs, injection.policy_weight)
-                picked[row] = int(log_probs_BV[row].argmax())
+                log_probs_V = mix_policy(log_probs_V, tokens, probs, injection.policy_weight)
+                picked[row] = int(log_probs_V.argmax())
             if sampling.temperature > 0:
-                picked[row] = choose_token(log_probs_BV[row], sampling, generation.rng.random())
+                picked[row] = choose_token(log_probs_V, sampling, generation.rng.random())
             if generation.forced:
                 picked[row] = generation.forced.pop()
-        logprobs = log_probs_BV[torch.arange(len(picked)), torch.tensor(picked)].tolist()
+            logprobs[row] = float(log_probs_V[picked[row]])
         said, ended = [], []
         for row, generation in enumerate(generations):
             position = generation.say(picked[row])
@@ -511,7 +520,9 @@ class Engine:
 
     def _nothing_read(self) -> tuple[ModelState, Tensor]:
         sizes = self._model.config.model.backbone
-        return self._model.backbone.initial_state(1), torch.zeros(1, sizes.n_layer, sizes.d_model)
+        return self._model.backbone.initial_state(1), torch.zeros(
+            1, sizes.n_layer, sizes.d_model, device=device_of(self._model)
+        )
 
     def _finish_reading(self, generation: Generation, state: ModelState, hidden_1LD: Tensor) -> Token:
         """Hands out the state after a prompt that was only to be read, its last token left to be consumed."""

@@ -6,7 +6,8 @@ Two stand behind one interface:
 * :class:`LatentDynamics`, a recurrent latent model that reads the root's SSM memory: ``g[0] = Enc(x[1..L,t])``,
   ``g[τ+1] = GRUCell([E[a], r], g[τ])``, ``x̂ = Dec(g)``. The read ``r`` is the operation that the SSM itself uses, with
   a query made from ``(g, E[a])``; so the model need not squeeze the whole prompt into one vector.
-* :class:`ExactDynamics`, the backbone's own step: slower, the ceiling that the latent one is measured against.
+* :class:`ExactDynamics`, the backbone's own step: no error and nothing to train, at the price of a token of System 1
+  for every imagined one.
 
 Both return a predicted residual stream, and the backbone's own fused head and critics turn it into policy and values.
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crsm.config import ModelConfig
+from crsm.devices import to_device
 from crsm.kernels import Kernels
 from crsm.kernels.module import KernelModule
 from crsm.mamba_ssm import Backbone
@@ -42,6 +44,11 @@ class Snapshot(NamedTuple):
     def rows(self, index: Tensor | slice) -> Snapshot:
         conv = None if self.conv_BLCK is None else self.conv_BLCK[index]
         return Snapshot(self.hidden_BLD[index], self.memory_BMHPN[index], conv)
+
+    def on(self, device: torch.device) -> Snapshot:
+        """The same on a device."""
+        conv = None if self.conv_BLCK is None else to_device(self.conv_BLCK, device)
+        return Snapshot(to_device(self.hidden_BLD, device), to_device(self.memory_BMHPN, device), conv)
 
 
 Latent = tuple[Tensor, ...]
@@ -136,6 +143,10 @@ class ExactDynamics:
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
+
+    @property
+    def backbone(self) -> Backbone:
+        return self._backbone
 
     @property
     def read_layers(self) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from crsm.gate import Gate
 from crsm.kernels import Kernels
 from crsm.latent_dynamics import ExactDynamics, LatentDynamics, WorldModel
 from crsm.mamba_ssm import Backbone
+from crsm.overrides import SHAPELESS
 from crsm.plan_writer import PlanWriter
 from crsm.types import ModelState
 
@@ -94,7 +95,7 @@ class Checkpoint:
     model: CRSM
     tokenizer: Tokenizer
     trust_horizon: int | None = None
-    """Steps over which the world model's measured fidelity holds; caps the search. None: never measured."""
+    """Steps over which the learned world model's measured fidelity holds; caps its search. None: never measured."""
     model_version: int = 0
     """Changes with every change of the weights; a plan made with another version is refused."""
     report: dict[str, Any] = field(default_factory=dict)
@@ -230,7 +231,8 @@ def load_checkpoint(
     Args:
         name: folder, or the name of a shipped checkpoint.
         kernels: None: the best of the machine.
-        config: settings the caller expects; their ``model`` must be the checkpoint's.
+        config: settings the caller expects; their ``model`` must be the checkpoint's, but for what fixes no shape
+            (which world model imagines, and how far the critics are trusted).
         renewable: parts (``world_model``, ``writer``) that may be of other settings in ``config``: such a part is made
             anew, from torch's global generator, for whoever is about to train it. What was measured of the old one
             holds no more: the gates are shut, and the trust horizon of another world model is unknown.
@@ -244,7 +246,7 @@ def load_checkpoint(
     saved = parse_config(description["config"], source=str(description_file(path)))
     renewed: tuple[str, ...] = ()
     if config is not None:
-        saved, renewed = _renew(saved, config, renewable)
+        saved, renewed = _renew(_with_shapeless(saved, config), config, renewable)
         _check_same_model(saved, config, path)
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     model = build_model(saved, tokenizer, kernels)
@@ -257,6 +259,17 @@ def load_checkpoint(
         report=description["report"],
         weights_hash=description.get("weights_hash") or description["files"]["model.safetensors"]["sha256"][:16],
     )
+
+
+def _with_shapeless(saved: Config, config: Config) -> Config:
+    """The checkpoint's settings with those of the other that its weights serve whatever they are."""
+    tree, asked = saved.model_dump(mode="json"), config.model_dump(mode="json")
+    for *sections, key in SHAPELESS:
+        into, of = tree, asked
+        for section in sections:
+            into, of = into[section], of[section]
+        into[key] = of[key]
+    return parse_config(tree, source="config")
 
 
 def _renew(saved: Config, config: Config, renewable: Collection[str]) -> tuple[Config, tuple[str, ...]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from crsm.config import Config, apply_override, load_config, parse_config
 
-_SHAPELESS = (("model", "world_model", "kind"), ("model", "critic", "uncertainty_penalty"))
+SHAPELESS = (("model", "world_model", "kind"), ("model", "critic", "uncertainty_penalty"))
 """The settings of ``model`` that fix no shape: which world model plans, and how far it is trusted."""
 
 
@@ -56,5 +56,5 @@ def _check_unchanged(saved: Any, asked: Any, path: tuple[str, ...]) -> None:
     if isinstance(saved, dict):
         for key in saved:
             _check_unchanged(saved[key], asked[key], (*path, key))
-    elif saved != asked and path not in _SHAPELESS and not (path[-1] == "vocab_size" and asked == 0):
+    elif saved != asked and path not in SHAPELESS and not (path[-1] == "vocab_size" and asked == 0):
         raise ValueError(f"{'.'.join(path)} = {asked!r}; allowed: {saved!r}, for which the checkpoint was made")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crsm.devices import device_of, index_on, state_on, to_device
 from crsm.generation import Generation
 from crsm.model import CRSM
 from crsm.types import ModelState, concat_states
@@ -54,12 +55,13 @@ def choose_prompts(prompts: Sequence[Prompt], chunk: int, budget: int) -> list[P
 
 def consume_chunks(model: CRSM, prompts: Sequence[Prompt], chunk: int) -> Iterator[Finished]:
     """Consumes the next chunk of every prompt, those of equal length in one call; yields those that are through."""
+    device = device_of(model)
     alike: dict[tuple[int, bool], list[Prompt]] = defaultdict(list)
     for prompt in prompts:
         alike[len(prompt.next_chunk(chunk)), prompt.state is None].append(prompt)
     for group in alike.values():
-        tokens_BT = torch.tensor([prompt.next_chunk(chunk) for prompt in group])
-        before = [prompt.state for prompt in group if prompt.state is not None]
+        tokens_BT = to_device(torch.tensor([prompt.next_chunk(chunk) for prompt in group]), device)
+        before = [state_on(prompt.state, device) for prompt in group if prompt.state is not None]
         logits_BV, hidden_BLD, state = model.prefill(tokens_BT, concat_states(before) if before else None)
         through = []
         for row, prompt in enumerate(group):
@@ -69,7 +71,7 @@ def consume_chunks(model: CRSM, prompts: Sequence[Prompt], chunk: int) -> Iterat
             else:
                 prompt.state = state.rows(slice(row, row + 1))
         if through:
-            rows = torch.tensor(through)
+            rows = index_on(through, device)
             yield Finished(
                 [group[row].generation for row in through], logits_BV[rows], hidden_BLD[rows], state.rows(rows)
             )

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from crsm.config import SamplingConfig
+from crsm.devices import to_host
+
+
+def look_up(log_probs_BV: Tensor, rows: Sequence[int]) -> tuple[list[int], list[float], dict[int, Tensor]]:
+    """What is read of log-probabilities on any device, in one crossing.
+
+    Returns:
+        The likeliest token of every row, its log-probability, and all log-probabilities (V,) of ``rows``, on the CPU.
+    """
+    likeliest_B = log_probs_BV.argmax(dim=-1)
+    best_B = log_probs_BV.gather(1, likeliest_B[:, None])[:, 0]
+    likeliest_B, best_B, *whole = to_host(likeliest_B, best_B, *(log_probs_BV[row] for row in rows))
+    return likeliest_B.tolist(), best_B.tolist(), dict(zip(rows, whole, strict=True))
 
 
 def choose_token(log_probs_V: Tensor, config: SamplingConfig, uniform: float) -> int:

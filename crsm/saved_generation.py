@@ -71,13 +71,13 @@ def pack(state: ModelState, hidden_1LD: Tensor, steering: Steering | None) -> di
     in_force = () if steering is None or expires == NEVER else steering.delta_LBHPN
     decays = () if steering is None else steering.decays_WLBH
     return {
-        "hidden_LD": hidden_1LD[0].float().numpy().copy(),
-        "conv_LCK": torch.stack([layer.conv_BCK[0] for layer in state.layers]).float().numpy(),
-        "ssm_LHPN": torch.stack([layer.ssm_BHPN[0] for layer in state.layers]).numpy(),
-        "delta_LHPN": torch.stack([delta[0] for delta in in_force]).numpy() if in_force else None,
+        "hidden_LD": hidden_1LD[0].float().cpu().numpy().copy(),
+        "conv_LCK": torch.stack([layer.conv_BCK[0] for layer in state.layers]).float().cpu().numpy(),
+        "ssm_LHPN": torch.stack([layer.ssm_BHPN[0] for layer in state.layers]).cpu().numpy(),
+        "delta_LHPN": torch.stack([delta[0] for delta in in_force]).cpu().numpy() if in_force else None,
         "expires": expires,
         "decays_WLH": np.array(
-            [[layer_B[0].numpy() for layer_B in layers_B] for layers_B in decays], np.float32
+            [torch.stack([layer_B[0] for layer_B in layers_B]).cpu().numpy() for layers_B in decays], np.float32
         ).reshape(len(decays), layers, heads),
     }
 

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from crsm.config import BackboneConfig
 from crsm.decoding import Decoder
-from crsm.injection import LARGEST_WRITE
+from crsm.devices import device_of, index_on, state_on, to_device, to_host
+from crsm.injection import LARGEST_WRITE, carry
 from crsm.model import CRSM
 from crsm.native.decoder import NativeDecoder
 from crsm.native.slots import SlotMemory, Write
-from crsm.steering import NEVER, Steering, advance, steer
+from crsm.steering import NEVER, Steering, steer
 from crsm.types import Injection, LayerState, ModelState
-from crsm.wire import from_wire, is_wire
+from crsm.wire import Wire, from_wire, is_wire
 
 
 class Slots(Protocol):
@@ -63,8 +64,12 @@ class Slots(Protocol):
         """Copies of all that a slot holds, as a batch of one."""
         ...
 
-    def read(self, slots: Sequence[int], layers: Sequence[int], conv: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Copies for planners, contiguous and float32, a row per slot, in order.
+    def read(
+        self, slots: Sequence[int], layers: Sequence[int], conv: bool, wire: Wire = "fp32"
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Copies for planners on the CPU, contiguous and float32, a row per slot, in order.
+
+        Where ``wire`` is bf16 and states come from a GPU, they are rounded there, before they cross.
 
         Returns:
             Residual streams (B, L, D), SSM states (B, L', H, P, N) of ``layers``, in order, and, if ``conv``,
@@ -114,15 +119,23 @@ class Slots(Protocol):
         ...
 
 
-def make_slots(model: CRSM, decoder: Decoder, capacity: int) -> Slots:
+def make_slots(model: CRSM, decoder: Decoder, capacity: int, graphs: bool = True) -> Slots:
     """Slots for the states that a decoder of this model consumes.
+
+    Args:
+        graphs: on a GPU, replay steps instead of launching them (:mod:`crsm.step_graphs`).
 
     Raises:
         ValueError: ``capacity`` is below 1.
     """
-    return (
-        NativeSlots(decoder, capacity) if isinstance(decoder, NativeDecoder) else TorchSlots(model, decoder, capacity)
-    )
+    if isinstance(decoder, NativeDecoder):
+        return NativeSlots(decoder, capacity)
+    device = device_of(model)
+    if device.type == "cuda" and graphs:
+        from crsm.step_graphs import CudaRecorder, GraphedSlots
+
+        return GraphedSlots(model, decoder, capacity, CudaRecorder(device))
+    return TorchSlots(model, decoder, capacity)
 
 
 class TorchSlots(Slots):
@@ -145,6 +158,11 @@ class TorchSlots(Slots):
     @property
     def capacity(self) -> int:
         return self._capacity
+
+    @property
+    def device(self) -> torch.device:
+        """Where the states lie."""
+        return self._hidden_BLD.device
 
     @torch.inference_mode()
     def grow(self, capacity: int) -> None:
@@ -169,8 +187,8 @@ class TorchSlots(Slots):
     @torch.inference_mode()
     def put(self, slots: Sequence[int], state: ModelState, hidden_BLD: Tensor) -> None:
         index = self._index(slots)
-        self._write(index, state)
-        self._hidden_BLD[index] = hidden_BLD
+        self._write(index, state_on(state, self.device))
+        self._hidden_BLD[index] = to_device(hidden_BLD, self.device)
         for delta in self._deltas:
             delta[index] = 0
         self._decay_WLBH[:, :, index] = 1
@@ -194,19 +212,25 @@ class TorchSlots(Slots):
         return self._state.rows(index), self._hidden_BLD[index], self._steering([slot], index, self._depth[slot])
 
     @torch.inference_mode()
-    def read(self, slots: Sequence[int], layers: Sequence[int], conv: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def read(
+        self, slots: Sequence[int], layers: Sequence[int], conv: bool, wire: Wire = "fp32"
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         index, states = self._index(slots), self._state.layers
 
-        def gathered(tensors: list[Tensor]) -> Tensor:
-            return torch.stack([tensor[index] for tensor in tensors], dim=1).float().cpu()
+        rounded = wire == "bf16" and self.device.type != "cpu"
 
-        return (
-            self._hidden_BLD[index].float().cpu(),
+        def gathered(tensors: list[Tensor]) -> Tensor:
+            together = torch.stack([tensor[index] for tensor in tensors], dim=1)
+            return together.bfloat16() if rounded else together.float()
+
+        hidden_BLD, ssm_BLHPN, *convs = to_host(
+            self._hidden_BLD[index].float(),
             gathered([states[layer].ssm_BHPN for layer in layers])
             if layers
             else self._hidden_BLD.new_empty(len(slots), 0, *states[0].ssm_BHPN.shape[1:]),
-            gathered([layer.conv_BCK for layer in states]) if conv else None,
+            *([gathered([layer.conv_BCK for layer in states])] if conv else []),
         )
+        return hidden_BLD, ssm_BLHPN, convs[0] if conv else None
 
     @torch.inference_mode()
     def steer(
@@ -241,21 +265,10 @@ class TorchSlots(Slots):
 
     @torch.inference_mode()
     def step(self, token_B: Tensor | Sequence[int], slots: Sequence[int], remember: int) -> Tensor:
-        index, token_B = self._index(slots), torch.as_tensor(token_B, device=self._hidden_BLD.device)
-        out = self._decoder.step(token_B, self._state.rows(index), donate=True)
-        self._write(index, out.state)
-        self._hidden_BLD[index] = out.hidden_BLD
-        if any(self._expires[slot] != NEVER for slot in slots):
-            carried = advance(self._steering(slots, index, 0), out.decay_LBH, 0)
-            for mine, delta_BHPN in zip(self._deltas, carried.delta_LBHPN, strict=True):
-                mine[index] = delta_BHPN
-        self._remember(remember)
-        decays_WLBH = torch.cat([self._decay_WLBH[:, :, index], torch.stack(out.decay_LBH)[None]])[1:]
-        decays_WLBH[: len(decays_WLBH) - remember] = 1
-        self._decay_WLBH[:, :, index] = decays_WLBH
-        for slot in slots:
-            self._depth[slot] = min(self._depth[slot] + 1, remember)
-        return self._decoder.logits(out.hidden_BLD)
+        index, token_B = self._index(slots), to_device(torch.as_tensor(token_B), self.device)
+        logits_BV, decay_LBH = self._advance(token_B, index, any(self._expires[slot] != NEVER for slot in slots))
+        self._keep_decays(slots, index, decay_LBH, remember)
+        return logits_BV
 
     @torch.inference_mode()
     def step_log_probs(
@@ -268,8 +281,33 @@ class TorchSlots(Slots):
     def free(self, slot: int) -> None:
         self._expires[slot] = NEVER
 
+    def _advance(self, token_B: Tensor, index: Tensor, carried: bool) -> tuple[Tensor, Tensor]:
+        """What a step does on the device, in memory that stays where it is: logits (B, V) and decays (L, B, H).
+
+        Args:
+            token_B: tokens.
+            index: whose they are.
+            carried: whether something is in force in one of the slots.
+        """
+        out = self._decoder.step(token_B, self._state.rows(index), donate=True)
+        self._write(index, out.state)
+        self._hidden_BLD[index] = out.hidden_BLD
+        if carried:
+            for mine, decay_BH in zip(self._deltas, out.decay_LBH, strict=True):
+                mine[index] = carry(mine[index], decay_BH)
+        return self._decoder.logits(out.hidden_BLD), torch.stack(out.decay_LBH)
+
+    def _keep_decays(self, slots: Sequence[int], index: Tensor, decay_LBH: Tensor, remember: int) -> None:
+        """Remembers the decays of a step for late plans."""
+        self._remember(remember)
+        decays_WLBH = torch.cat([self._decay_WLBH[:, :, index], decay_LBH[None]])[1:]
+        decays_WLBH[: len(decays_WLBH) - remember] = 1
+        self._decay_WLBH[:, :, index] = decays_WLBH
+        for slot in slots:
+            self._depth[slot] = min(self._depth[slot] + 1, remember)
+
     def _index(self, slots: Sequence[int]) -> Tensor:
-        return torch.tensor(slots, device=self._hidden_BLD.device)
+        return index_on(slots, self.device)
 
     def _write(self, index: Tensor, state: ModelState) -> None:
         for mine, theirs in zip(self._state.layers, state.layers, strict=True):

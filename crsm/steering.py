@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from crsm.devices import index_on, to_device
 from crsm.injection import carry, inject, outer_write, withdraw
 from crsm.types import Injection, ModelState
 from crsm.wire import from_wire
@@ -100,33 +101,47 @@ def steer(
     for row, injection in writing.items():
         if tracked_B[row]:
             expires[row] = injection.plan.target + max(1, len(injection.plan.line))
-    index = torch.tensor(touched)
-    kept = torch.tensor([expires[row] != NEVER for row in touched])[:, None, None, None]
+    device = state.layers[0].ssm_BHPN.device
+    index = index_on(touched, device)
+    kept = to_device(torch.tensor([expires[row] != NEVER for row in touched]), device)[:, None, None, None]
+    factors = {row: _factors(injection, device) for row, injection in writing.items()}
+    closed = (0.0,) * len(state.layers)
+    alphas = [writing[row].alpha_L if row in writing else closed for row in touched]
+    alpha_BL = to_device(torch.tensor(alphas, dtype=state.layers[0].ssm_BHPN.dtype), device)
     ssm, deltas = [], []
     for layer, (layer_state, delta_BHPN) in enumerate(zip(state.layers, steering.delta_LBHPN, strict=True)):
         rows_BHPN = withdraw(layer_state.ssm_BHPN[index], delta_BHPN[index])
-        written_BHPN, alpha_B = _writes(rows_BHPN, writing, touched, layer, steering)
-        new_BHPN = inject(rows_BHPN, written_BHPN, alpha_B)
+        written_BHPN = _writes(rows_BHPN, writing, factors, touched, layer, steering)
+        new_BHPN = inject(rows_BHPN, written_BHPN, alpha_BL[:, layer])
         ssm.append(layer_state.ssm_BHPN.index_copy(0, index, new_BHPN))
         deltas.append(delta_BHPN.index_copy(0, index, (new_BHPN - rows_BHPN) * kept))
     return state.with_ssm(tuple(ssm)), replace(steering, delta_LBHPN=tuple(deltas), expires_B=tuple(expires))
 
 
+def _factors(injection: Injection, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both factors of a plan's write where the states are, in float32: copies, since messages are read-only."""
+    plan = injection.plan
+    u_LRE, b_LRN = torch.tensor(from_wire(plan.write_u_LRE)), torch.tensor(from_wire(plan.write_b_LRN))
+    return to_device(u_LRE, device), to_device(b_LRN, device)
+
+
 def _writes(
-    rows_BHPN: Tensor, writing: dict[int, Injection], touched: list[int], layer: int, steering: Steering
-) -> tuple[Tensor, Tensor]:
-    """The writes of one layer for the touched rows, late ones carried to now, and their α."""
+    rows_BHPN: Tensor,
+    writing: dict[int, Injection],
+    factors: dict[int, tuple[Tensor, Tensor]],
+    touched: list[int],
+    layer: int,
+    steering: Steering,
+) -> Tensor:
+    """The writes of one layer for the touched rows, late ones carried to now."""
     written_BHPN = torch.zeros_like(rows_BHPN)
-    alpha_B = rows_BHPN.new_zeros(len(touched))
     for place, row in enumerate(touched):
         if row not in writing or writing[row].alpha_L[layer] == 0:
             continue
         injection = writing[row]
-        plan = injection.plan
-        u_RE, b_RN = from_wire(plan.write_u_LRE[layer]), from_wire(plan.write_b_LRN[layer])
-        write_HPN = outer_write(torch.tensor(u_RE)[None], torch.tensor(b_RN)[None], rows_BHPN.shape[1])[0].to(rows_BHPN)
-        for back in range(injection.position - plan.target):
+        u_LRE, b_LRN = factors[row]
+        write_HPN = outer_write(u_LRE[layer, None], b_LRN[layer, None], rows_BHPN.shape[1])[0].to(rows_BHPN)
+        for back in range(injection.position - injection.plan.target):
             write_HPN = write_HPN * steering.decays_WLBH[-1 - back][layer][row][:, None, None]
         written_BHPN[place] = write_HPN
-        alpha_B[place] = injection.alpha_L[layer]
-    return written_BHPN, alpha_B
+    return written_BHPN

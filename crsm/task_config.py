@@ -21,6 +21,9 @@ class TaskSettings(Settings):
     """What the task is called; None: as its kind. Two of a kind in one mix differ by it (``star_2``, ``star_5``)."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the training mix."""
+    plan: bool = True
+    """Whether stages 2 to 4 teach System 2 this task. One that the critics cannot judge would keep the gates shut for
+    all of them."""
 
     @property
     def label(self) -> str:

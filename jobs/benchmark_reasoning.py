@@ -220,6 +220,11 @@ def _compute(
         ["method, budget", "accuracy", "95 % interval", "multiply-adds", "costs as samples"],
         rows,
     )
+    for pair in curves["against_best_of"]:
+        print(
+            f"{pair['simulations']} simulations beside best of {pair['best_of']} at {pair['times_the_cost']:.2f} times "
+            f"the cost: {pair['difference']:+.3f}, McNemar p {pair['mcnemar_p']:.2g}"
+        )
     if figure is not None:
         from crsm.evaluation.figures import compute_figure, save_figure
 

@@ -129,7 +129,33 @@ def decode(
 
 
 @app.command()
+def device(
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", metavar="NAME", help="Whose tokens and deliberations are timed.")
+    ] = "nano",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 0,
+    quick: QuickOption = False,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Both systems on one device: search at many trees, and decoding with System 2 on beside off."""
+
+    def rows(roofline: Roofline, seed: int, progress: Progress) -> list[Row]:
+        from jobs.speed.device_speed import device_rows
+
+        return device_rows(roofline, seed=seed, checkpoint=checkpoint, progress=progress, quick=quick)
+
+    _measure("device", rows, device, threads, quick, config, overrides, seed, json)
+
+
+@app.command()
 def nonblocking(
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="Of both systems: cpu, cuda (in shares), or auto.")
+    ] = "cpu",
     quick: QuickOption = False,
     config: ConfigOption = None,
     overrides: SetOption = None,
@@ -141,7 +167,8 @@ def nonblocking(
     def rows(core: int | None, seed: int, progress: Progress) -> list[Row]:
         from jobs.speed.nonblocking_speed import nonblocking_rows
 
-        return nonblocking_rows(core, seed=seed, progress=progress, quick=quick)
+        where: Any = pick_device(device)
+        return nonblocking_rows(core, seed=seed, progress=progress, quick=quick, device=where)
 
     _measure_actors("nonblocking", rows, quick, config, overrides, seed, json)
 

@@ -48,13 +48,13 @@ def main(
     import torch
 
     try:
-        from jobs.peers.language_models import PEERS, language_parameters
+        from jobs.peers.language_models import TEXT_PEERS, language_parameters
     except ImportError as error:
         raise ValueError(f"the peers need transformers: {NO_PEER}") from error
 
-    names = peer or list(PEERS)
-    if unknown := [name for name in names if name not in PEERS]:
-        raise ValueError(f"peer {unknown[0]!r}; allowed: {', '.join(PEERS)}")
+    names = peer or list(TEXT_PEERS)
+    if unknown := [name for name in names if name not in TEXT_PEERS]:
+        raise ValueError(f"peer {unknown[0]!r}; allowed: {', '.join(TEXT_PEERS)}")
     results: dict[str, Any] = {"checkpoint": {"name": checkpoint, "weights": loaded.weights_hash}, "models": {}}
     limit_threads()
     trained = loaded.report.get("stage_1", {})

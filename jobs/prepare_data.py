@@ -57,6 +57,7 @@ def main(
     output: OutputOption = None,
     workers: WorkersOption = None,
     fresh: FreshOption = False,
+    serial: Annotated[bool, typer.Option("--serial", help="In this process, without Ray.")] = False,
 ) -> None:
     """Prepare training text: shards of tokens with an index and a data card.
 
@@ -72,9 +73,10 @@ def main(
     if fresh:
         remove_output(folder)
     started = time.perf_counter()
-    from crsm.data.preparation import prepare
+    from crsm.data.preparation import SerialExecutor, prepare
 
-    with _Bars() as bars, RayExecutor(workers or core_count()) as executor:
+    with _Bars() as bars, contextlib.ExitStack() as stack:
+        executor = SerialExecutor() if serial else stack.enter_context(RayExecutor(workers or core_count()))
         report = prepare(settings, folder, executor, bars.tell)
     seconds = time.perf_counter() - started
     read = sum(source["counts"]["bytes"] for source in report["sources"])

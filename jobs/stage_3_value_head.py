@@ -159,9 +159,9 @@ def plan_jobs(settings: Config, index: int) -> list[RolloutJob]:
     from actors.rollouts import RolloutJob
 
     seed = settings.seed + SEED_STRIDE * (index + 1)
-    jobs = []
-    for position, task in enumerate(settings.tasks):
-        ends = [settings.stage_3.problems * end // len(settings.tasks) for end in (position, position + 1)]
+    jobs, tasks = [], settings.planned_tasks
+    for position, task in enumerate(tasks):
+        ends = [settings.stage_3.problems * end // len(tasks) for end in (position, position + 1)]
         count = ends[1] - ends[0]
         for first in range(0, count, CHUNK):
             for system in (2, 1):  # the longer work first

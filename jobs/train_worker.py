@@ -105,19 +105,19 @@ def _train_and_save(work: Work, board: ActorHandle) -> None:
     states.close()
     model = finished_model(stage, rank)
     if model is not None:
-        _save(work, built, model.eval(), result.report(), reporter.say)
+        save_stage(work, built, model.eval(), result.report(), reporter.say)
     reporter.close()
 
 
 @dataclass(frozen=True, slots=True)
-class _Built:
+class Built:
     stage: Stage
     tasks: list[Task]
     tokenizer: Tokenizer
     previous: Checkpoint | None
 
 
-def build_stage(work: Work, config: Config) -> _Built:
+def build_stage(work: Work, config: Config) -> Built:
     """The stage with its model and data, the same on every worker."""
     import torch
 
@@ -129,10 +129,11 @@ def build_stage(work: Work, config: Config) -> _Built:
     from crsm.training.dynamics import DynamicsStage
     from crsm.training.judgment import JudgmentStage
 
-    tasks = build_tasks(localised(config).tasks)
+    local = localised(config)
+    tasks = build_tasks(local.tasks if work.stage == "stage_1" else local.planned_tasks)
     previous = None
     if work.input_checkpoint is None:
-        tokenizer = build_tokenizer(config.tokenizer, tasks, config.seed)
+        tokenizer = build_tokenizer(config.tokenizer, build_tasks(local.tasks), config.seed)
         torch.manual_seed(config.seed)
         model = build_model(config, tokenizer)
     else:
@@ -158,7 +159,7 @@ def build_stage(work: Work, config: Config) -> _Built:
         case _:
             length = config.deliberation.plan_length
             stage = AssemblyStage(model, config.stage_4, config.seed, tasks, tokenizer, length)
-    return _Built(stage, tasks, tokenizer, previous)
+    return Built(stage, tasks, tokenizer, previous)
 
 
 def read_rollouts(path: Path) -> list[Any]:
@@ -174,7 +175,7 @@ def read_rollouts(path: Path) -> list[Any]:
     ]
 
 
-def _save(work: Work, built: _Built, model: CRSM, report: dict[str, Any], say: Callable[[str], None]) -> None:
+def save_stage(work: Work, built: Built, model: CRSM, report: dict[str, Any], say: Callable[[str], None]) -> None:
     from crsm.model import Checkpoint, save_checkpoint
     from crsm.training.calibration import calibrate_gates
 

@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device, in one call: builds causal-conv1d and mamba-ssm for the chip that is there, runs
-# the tests marked gpu, and measures training and decoding beside mamba-ssm.
+# Everything that needs a CUDA device: builds causal-conv1d, mamba-ssm and the native core (search trees), runs the tests
+# marked gpu, measures both systems and training beside mamba-ssm, and trains a model of 170 million parameters.
 #
-#   scripts/gpu_checks.sh                  all of it: build, test, train, decode
+#   scripts/gpu_checks.sh                  build, test, train, decode
+#   scripts/gpu_checks.sh device pair      search and decoding with System 2 on a GPU; baseline_170m beside mamba-ssm
+#   scripts/gpu_checks.sh baseline         trains stage 1 for nine minutes; a second call goes on, and ends it
+#   scripts/gpu_checks.sh system2          stages 2 to 4 on that, and an answer with its plans
 #   scripts/gpu_checks.sh build test       some of it; a stage that is done stays done in its folder
 #   scripts/gpu_checks.sh fetch            on a machine with a package index: downloads what a machine without one needs
+#   DEVICE=cpu QUICK=1 scripts/gpu_checks.sh device pair baseline system2     the same code without a GPU, tiny
 #
-# A stage that fails does not stop those after it; the exit status says whether all went well. All stages together stay
-# under ten minutes: each has a limit of its own, and its log is kept.
+# A stage that fails does not stop those after it; the exit status says whether all went well. Each of these lines
+# stays under ten minutes: each stage has a limit of its own, and its log is kept.
 #
 #   PYTHON    interpreter that has torch with CUDA          (default: python3)
 #   GPU_DIR   where everything is built and kept            (default: build/gpu)
 #   PACKAGES  what fetch downloaded; nothing else is asked  (default: GPU_DIR/packages, if it is there)
 #   MAX_JOBS  compilers at the same time                    (default: by cores and memory, 8 at most)
 #   OUT       results and logs are copied there as well     (default: nowhere)
-#   QUICK     1: benchmarks at tiny shapes
+#   DATA      shards of text with their tokenizer           (default: made of configs/data/sample.yaml in GPU_DIR)
+#   DEVICE    cuda or cpu                                   (default: cuda)
+#   QUICK     1: tiny shapes and models, a few steps
 # shellcheck disable=SC2329  # the stages are called by name
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
@@ -26,11 +32,21 @@ GPU_DIR=$(cd "$GPU_DIR" && pwd)
 PACKAGES=${PACKAGES:-$GPU_DIR/packages}
 SITE=$GPU_DIR/site
 RESULTS=$GPU_DIR/results
+RUNS=$GPU_DIR/runs
+DATA=${DATA:-$GPU_DIR/text}
+DEVICE=${DEVICE:-cuda}
+QUICK=${QUICK:-0}
 CAUSAL_CONV1D=causal-conv1d==1.6.1
 MAMBA_SSM=mamba-ssm==2.3.2.post1
 # What the benchmark and the tests import, beside torch; installed only where it is missing.
 NEEDED=(numpy pydantic pyyaml typer rich safetensors tokenizers einops packaging transformers huggingface_hub
-    pytest pytest-timeout hypothesis setuptools wheel ninja)
+    pytest pytest-timeout hypothesis setuptools wheel ninja cmake nanobind)
+use_native() {
+    if [ -z "${CRSM_NATIVE_PATH:-}" ] && compgen -G "$GPU_DIR/native/_crsm_native*.so" >/dev/null; then
+        export CRSM_NATIVE_PATH=$GPU_DIR/native
+    fi
+}
+use_native
 export PYTHONPATH="$SITE:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$GPU_DIR/triton}
 
@@ -64,7 +80,8 @@ fetch() {
         target+=(--platform manylinux2014_x86_64)
     fi
     pip_ download --only-binary=:all: "${target[@]}" -d "$PACKAGES" pydantic pyyaml typer rich pytest pytest-timeout \
-        hypothesis einops setuptools wheel ninja
+        hypothesis einops setuptools wheel ninja cmake nanobind || return 1
+    data # needs pyarrow, which the other machine then does without
 }
 
 # The sources of a package. pip asks them for their metadata, which they give without a GPU only if nothing is compiled.
@@ -89,12 +106,33 @@ job_count() {
 }
 
 build() {
-    local lacking options
+    local lacking options native
     mapfile -t options < <(index_options)
     mapfile -t lacking < <(missing)
     if [ "${#lacking[@]}" -gt 0 ]; then
         pip_ install "${options[@]}" --target "$SITE" --upgrade "${lacking[@]}" || return 1
     fi
+    build_native &
+    native=$!
+    build_kernels
+    local status=$?
+    wait "$native" || status=1
+    return "$status"
+}
+
+# The native core, unless it is installed: the trees of a search are C++ beside a GPU too.
+build_native() {
+    if "$PYTHON" -c 'from crsm import native; import sys; sys.exit(not native.available())' 2>/dev/null; then
+        echo "the native core is there"
+        return 0
+    fi
+    cmake_ -S crsm/native -B "$GPU_DIR/native" -DPython_EXECUTABLE="$("$PYTHON" -c 'import sys; print(sys.executable)')" &&
+        cmake_ --build "$GPU_DIR/native" --parallel "$(job_count)"
+}
+
+cmake_() { if command -v cmake >/dev/null; then cmake "$@"; else "$PYTHON" -m cmake "$@"; fi; }
+
+build_kernels() {
     if "$PYTHON" -c 'from crsm.kernels import cuda; import sys; sys.exit(cuda.missing() or 0)' 2>/dev/null; then
         echo "causal-conv1d and mamba-ssm are there"
         return 0
@@ -139,13 +177,73 @@ unpack() {
 }
 
 run_tests() {
-    "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/kernels --junitxml "$RESULTS/tests.xml"
+    "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py tests/kernels --junitxml "$RESULTS/tests.xml"
 }
 
 measure() {
     local quick=()
-    if [ "${QUICK:-0}" = 1 ]; then quick=(--quick); fi
-    "$PYTHON" -m jobs.benchmark_speed "$1" --device cuda "${quick[@]}" --json "$RESULTS/speed_$1.json"
+    if [ "$QUICK" = 1 ]; then quick=(--quick); fi
+    "$PYTHON" -m jobs.benchmark_speed "$1" --device "$DEVICE" "${quick[@]}" --json "$RESULTS/speed_$1.json"
+}
+
+# Shards of text: the little that ships with the project, unless DATA names others.
+data() {
+    if [ -f "$DATA/tokenizer.json" ]; then return 0; fi
+    local docs='{kind: files, name: docs, path: "docs/*.md", licence: Apache-2.0, valid_share: 0.1}'
+    local gsm8k='{kind: traces, name: gsm8k, path: crsm/assets/gsm8k_sample.jsonl, licence: MIT}'
+    "$PYTHON" -m jobs.prepare_data --config configs/data/sample.yaml --set "sources=[$docs, $gsm8k]" --serial \
+        --output "$DATA"
+}
+
+# The config, with the shards, and tiny if asked.
+settings() {
+    printf '%s\n' --config configs/one_gpu_170m.yaml --set "tokenizer.path=$DATA/tokenizer.json" \
+        --set "stage_1.text.shards=$DATA"
+    if [ "$QUICK" = 1 ]; then
+        local stage
+        printf '%s\n' --set "model.backbone={vocab_size: 0, d_model: 32, n_layer: 2, d_state: 16, headdim: 16}" \
+            --set "model.backbone.chunk_size=16" --set "model.world_model.read_layers=[0, 1]" \
+            --set "model.world_model.width=16" --set "model.world_model.decoder_width=16" --set "model.writer.width=16" \
+            --set "stage_1.text.length=64" --set "stage_1.optimizer.accumulate=1" --set "stage_3.problems=6" \
+            --set "stage_4.calibration_problems=6" --set "sampling.max_tokens=16" --set "search.simulations=8" \
+            --set "train.precision=fp32"
+        for stage in 1 2 3 4; do
+            printf '%s\n' --set "stage_$stage.steps=6" --set "stage_$stage.batch=4" --set "stage_$stage.log_every=1" \
+                --set "stage_$stage.evaluate_problems=6" --set "stage_$stage.optimizer.warmup=1"
+        done
+    fi
+}
+
+# Training beside mamba-ssm; the embedding has the rows of the public checkpoints, whatever the tokenizer.
+pair() {
+    data || return 1
+    local given how=(--set model.backbone.vocab_size=50288 --steps 120 --block 10)
+    mapfile -t given < <(settings)
+    if [ "$QUICK" = 1 ]; then how=(--steps 4 --block 1); fi
+    "$PYTHON" -m jobs.benchmark_training "${given[@]}" "${how[@]}" --device "$DEVICE" --json "$RESULTS/pair.json"
+}
+
+train_alone() {
+    local given name=$1
+    shift
+    mapfile -t given < <(settings)
+    "$PYTHON" -m jobs.train_alone "${given[@]}" "$@" --storage "$RUNS" --device "$DEVICE" --json "$RESULTS/$name.json"
+}
+
+# As many steps as two calls of nine minutes hold, with what else they have to do.
+baseline() {
+    data || return 1
+    local how=(--fill 16.5 --minutes 8.8)
+    if [ "$QUICK" = 1 ]; then how=(--minutes 2); fi
+    train_alone baseline --stages 1 "${how[@]}"
+}
+
+system2() {
+    data || return 1
+    train_alone system2 --stages 2,3,4 --minutes 7 || return 1
+    local checkpoint=$RUNS/one_gpu_170m/stage_4/checkpoint
+    if [ ! -d "$checkpoint" ]; then return 0; fi # time was up: call again
+    "$PYTHON" -m crsm.cli generate --checkpoint "$checkpoint" --problem path_star --device "$DEVICE" --verbose
 }
 
 # stage NAME SECONDS COMMAND...: with its time, a limit, and a log.
@@ -170,16 +268,28 @@ stage() {
 }
 
 failed=0
+started=$(mktemp)
 [ "$#" -gt 0 ] || set -- build test train decode
 for what in "$@"; do
     case $what in
         fetch) stage fetch 600 fetch || failed=1 ;;
-        build) stage build 300 build || failed=1 ;;
+        build)
+            stage build 300 build || failed=1
+            use_native
+            ;;
         test) stage test 120 run_tests || failed=1 ;;
         train) stage train 90 measure train || failed=1 ;;
         decode) stage decode 75 measure decode || failed=1 ;;
-        *) echo "stage = '$what'; allowed: fetch, build, test, train, decode" >&2; exit 2 ;;
+        device) stage device 270 measure device || failed=1 ;;
+        pair) stage pair 300 pair || failed=1 ;;
+        baseline) stage baseline 580 baseline || failed=1 ;;
+        system2) stage system2 580 system2 || failed=1 ;;
+        *)
+            echo "stage = '$what'; allowed: fetch, build, test, train, decode, device, pair, baseline, system2" >&2
+            exit 2
+            ;;
     esac
 done
-if [ -n "${OUT:-}" ]; then cp "$RESULTS"/* "$OUT"/; fi
+if [ -n "${OUT:-}" ]; then find "$RESULTS" -type f -newer "$started" -exec cp {} "$OUT"/ \;; fi
+rm -f "$started"
 exit "$failed"

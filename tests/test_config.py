@@ -141,6 +141,7 @@ def test_an_override_changes_plain_data_in_place():
         ("model: {world_model: {read_layers: []}}", r"read_layers = \(\); allowed: .*at least one"),
         ("tasks: []", r"tasks = \[\]; allowed: at least one task"),
         ("tasks: [{name: tree_path}, {name: tree_path}]", r"each name once"),
+        ("tasks: [{name: tree_path, plan: false}]", r"plan = false for all of tree_path; allowed: at least one task"),
         ("tasks: [{name: chess}]", r"'chess'.*'path_star', 'tree_path'"),
         ("tasks: [{name: path_star, arms: 9, length: 9}]", r"labels = 30; allowed: at least 73"),
         ("tasks: [{name: tree_path, depth: 5}]", r"labels = 30; allowed: at least 63"),

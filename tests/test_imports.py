@@ -12,11 +12,11 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     {"config", "data_config", "description", "overrides", "settings", "task_config", "training_config", "types"},
-    {"kernels", "native", "threads", "wire"},
+    {"devices", "kernels", "native", "threads", "wire"},
     {"mamba_ssm", "fusion", "critic", "latent_dynamics", "plan_writer"},
     {"search", "injection", "gate", "delta_buffer"},
     {"model"},
-    {"decoding", "importing"},
+    {"decoding", "importing", "placement"},
     {"reasoning"},
     {
         "computation_value",
@@ -29,6 +29,7 @@ LAYERS = (
         "saved_generation",
         "slots",
         "steering",
+        "step_graphs",
     },
     {"event_log", "metrics", "plan_events"},
     {"deliberation"},

@@ -20,6 +20,7 @@ import crsm.model
 from crsm.config import Config
 from crsm.data import Tokenizer
 from crsm.fusion import Fusion
+from crsm.latent_dynamics import ExactDynamics
 from crsm.model import (
     PARTS,
     Checkpoint,
@@ -339,6 +340,14 @@ def test_what_was_measured_of_a_part_does_not_hold_for_a_new_one(tmp_path: Path)
         assert renewed.trust_horizon == (None if part == "world_model" else 5)
     same = load_checkpoint(tmp_path / "measured", config=tiny_config(), renewable=("world_model", "writer"))
     assert bool(same.model.gate.calibrated) and same.trust_horizon == 5
+
+
+def test_the_choice_of_what_imagines_is_no_matter_of_weights(saved: Path) -> None:
+    before, asked = load_checkpoint(saved), tiny_config(kind="exact")
+    after = load_checkpoint(saved, config=asked, renewable=("world_model",))
+    assert isinstance(after.model.planning_model(), ExactDynamics) and after.trust_horizon == before.trust_horizon
+    for name, tensor in before.model.state_dict().items():
+        assert torch.equal(after.model.state_dict()[name], tensor), name
 
 
 def test_a_renewable_part_with_the_same_settings_keeps_its_weights(saved: Path) -> None:

@@ -198,21 +198,22 @@ def test_the_planned_line_is_no_longer_than_asked(exact: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(("horizon", "lag", "depth"), [(None, 0, 4), (9, 0, 4), (4, 0, 3), (4, 2, 1), (2, 3, 1)])
-def test_the_trust_horizon_caps_projection_and_search_together(
-    exact: Checkpoint, horizon: int | None, lag: int, depth: int
+@pytest.mark.parametrize("kind", ["latent", "exact"])
+def test_the_trust_horizon_caps_projection_and_search_of_a_learned_world_model(
+    horizon: int | None, lag: int, depth: int, kind: Literal["latent", "exact"]
 ) -> None:
-    """Known token, assumed tokens and depth of the tree are all imagined steps; one is searched in any case."""
+    """Known token, assumed tokens and depth of the tree are all imagined steps; one is searched in any case. The
+    backbone itself is searched as deep as the settings say."""
+    checkpoint = dataclasses.replace(tiny_checkpoint(tiny_config(kind=kind)), trust_horizon=horizon)
     deliberator = Deliberator.from_checkpoint(
-        dataclasses.replace(exact, trust_horizon=horizon),
-        search=SearchConfig(num_actions=2, max_depth=4),
-        keep_tree=True,
+        checkpoint, search=SearchConfig(num_actions=2, max_depth=4), keep_tree=True
     )
-    (plan,) = deliberator([request_after(exact, lag=lag, simulations=60)])
+    (plan,) = deliberator([request_after(checkpoint, lag=lag, simulations=60)])
 
     def depth_of(node: Any) -> int:
         return max((1 + depth_of(child) for child in node["children"]), default=0)
 
-    assert plan.tree is not None and depth_of(plan.tree) == depth
+    assert plan.tree is not None and depth_of(plan.tree) == (4 if kind == "exact" else depth)
 
 
 # The end of a text ----------------------------------------------------------------------------------------------------

@@ -47,6 +47,12 @@ def generate(
     temperature: Annotated[float | None, typer.Option("--temperature", min=0, help="0: greedy.")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", min=0, help="0: off.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", max=1, help="1: off.")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None,
+        typer.Option(
+            "--device", help="Where both systems compute; auto: a GPU if there is one. The settings' if none."
+        ),
+    ] = None,
     event_log: Annotated[
         Path | None, typer.Option("--event-log", metavar="FILE", help="Writes every event, for crsm replay.")
     ] = None,
@@ -66,6 +72,8 @@ def generate(
 
     changes = {
         "planners.count": planners,
+        "planners.device": device,
+        "engine.device": device,
         "deliberation.lag": lag,
         "deliberation.injection_rate": rate,
         "deliberation.channel": channel,
@@ -128,6 +136,7 @@ def _generate(
     from crsm.engine import Engine
     from crsm.event_log import EventLog
     from crsm.generation import GenerationRequest
+    from crsm.placement import settled
 
     settings = checkpoint.config
     if settings.planners.count == 0:
@@ -138,8 +147,9 @@ def _generate(
         note(f"problem: {problem.prompt}")
     with contextlib.ExitStack() as stack:
         log = EventLog(stack.enter_context(_new_file(event_log))) if event_log else None
-        planners = _start_planners(checkpoint, actors, stack)
-        engine = Engine(checkpoint, planners, settings.engine, event_log=log)
+        speaker = settled(checkpoint, settings.engine.device, "engine.device")
+        planners = _start_planners(checkpoint, speaker, actors, stack)
+        engine = Engine(speaker, planners, settings.engine, event_log=log)
         request = GenerationRequest(prompt, settings.sampling, settings.deliberation, settings.search.simulations)
         said, seconds = _stream(engine, request, checkpoint, verbose)
     text = checkpoint.tokenizer.decode([token.token for token in said])
@@ -166,8 +176,9 @@ def _new_file(path: Path) -> Any:
     return open(path, "w", encoding="utf-8")
 
 
-def _start_planners(checkpoint: Checkpoint, actors: bool, stack: Any) -> Planners | None:
-    """Planners by the settings, closed with ``stack``; None for none."""
+def _start_planners(checkpoint: Checkpoint, speaker: Checkpoint, actors: bool, stack: Any) -> Planners | None:
+    """Planners by the settings, closed with ``stack``; None for none. Threads share the weights of the ``speaker`` if
+    they are to compute where it does."""
     settings = checkpoint.config.planners
     if settings.count == 0:
         return None
@@ -179,9 +190,10 @@ def _start_planners(checkpoint: Checkpoint, actors: bool, stack: Any) -> Planner
     from crsm.planners import ThreadPlanners
     from crsm.reasoning import Deliberator
 
+    thinker = speaker if settings.device == checkpoint.config.engine.device else checkpoint
     # The virtual clock waits for every plan; only by the wall clock is there anything to shed.
     in_flight = settings.max_in_flight if checkpoint.config.engine.clock == "wall" else None
-    threads = ThreadPlanners(Deliberator.from_checkpoint(checkpoint), settings.count, settings.max_batch, in_flight)
+    threads = ThreadPlanners(Deliberator.from_checkpoint(thinker), settings.count, settings.max_batch, in_flight)
     stack.callback(threads.close)
     return threads
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from crsm.evaluation.controls import (
 from crsm.evaluation.solving import Run, solve
 from crsm.evaluation.statistics import bootstrap_difference, mcnemar, wilson_interval
 from crsm.latent_dynamics import LatentDynamics
+from crsm.mamba_ssm import Backbone
 from crsm.model import Checkpoint
 from crsm.planners import InlinePlanners, Planners
 from crsm.reasoning import Deliberator
@@ -186,9 +189,9 @@ def system_planners(
         planners: who plans for System 2; None: inline.
     """
 
-    def inline(**options: Any) -> InlinePlanners:
+    def inline(source: Checkpoint = checkpoint, **options: Any) -> InlinePlanners:
         deliberator = Deliberator.from_checkpoint(
-            checkpoint, search=search, plan_length=deliberation.plan_length, **options
+            source, search=search, plan_length=deliberation.plan_length, **options
         )
         return InlinePlanners(deliberator, checkpoint.config.planners.max_batch)
 
@@ -208,7 +211,7 @@ def system_planners(
         deliberation = deliberation.model_copy(update={"channel": Channel.POLICY})
         planners = AlteredPlanners(inline(), silent_tokens)
     elif name == "untrained_planner":
-        planners = inline(world_model=untrained_world_model(checkpoint, seed))
+        planners = inline(with_untrained_world_model(checkpoint, seed))
     elif name == "oracle":
         planners = OraclePlanners(checkpoint.model, solutions(), deliberation.plan_length)
     else:
@@ -216,11 +219,19 @@ def system_planners(
     return planners, deliberation
 
 
-def untrained_world_model(checkpoint: Checkpoint, seed: int) -> LatentDynamics:
-    """A world model with random weights, in the place of the trained one; gates and critics stay as they are."""
+def with_untrained_world_model(checkpoint: Checkpoint, seed: int) -> Checkpoint:
+    """A planner's checkpoint with random weights in what imagines (the latent world model, or its own backbone); head,
+    writer, gates and critics stay as they are."""
+    trained = checkpoint.model
+    model = copy.copy(trained)
+    model._modules = dict(trained._modules)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LatentDynamics(checkpoint.config.model, checkpoint.model.backbone.embedding).eval()
+        if checkpoint.config.model.world_model.kind == "latent":
+            model.world_model = LatentDynamics(checkpoint.config.model, trained.backbone.embedding).eval()
+        else:
+            model.backbone = Backbone(checkpoint.config.model.backbone).eval()
+    return dataclasses.replace(checkpoint, model=model)
 
 
 def solutions_of(checkpoint: Checkpoint, problems: Sequence[Problem]) -> dict[str, tuple[int, Sequence[int]]]:

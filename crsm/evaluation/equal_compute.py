@@ -18,7 +18,7 @@ from crsm.data.sequences import encode_prompt
 from crsm.evaluation.compute import Costs, costs
 from crsm.evaluation.sampled_answers import Sample, beam_search, best_of, majority, sample_answers
 from crsm.evaluation.solving import solve
-from crsm.evaluation.statistics import wilson_interval
+from crsm.evaluation.statistics import mcnemar, wilson_interval
 from crsm.model import Checkpoint
 from crsm.planners import InlinePlanners
 from crsm.reasoning import Deliberator
@@ -137,7 +137,8 @@ def curves(checkpoint: Checkpoint, task: str, lag: int, spent: Spent) -> dict[st
 
     Returns:
         ``methods``: per method, points with ``budget``, ``accuracy``, ``interval``, ``multiply_adds`` per answer, and
-        ``samples``, the same in units of one sample; ``costs``; ``sample``, the multiply-adds of one sample.
+        ``samples``, the same in units of one sample; ``costs``; ``sample``, the multiply-adds of one sample;
+        ``against_best_of``: :func:`paired_with_best_of`.
     """
     price = costs(checkpoint.model)
     one = float(np.mean(spent.sample))
@@ -161,7 +162,33 @@ def curves(checkpoint: Checkpoint, task: str, lag: int, spent: Spent) -> dict[st
         "prompt": float(np.mean(spent.prompt)) * price.backbone,
         "costs": asdict(price) | {"token": price.token, "simulation": price.simulation},
         "methods": methods,
+        "against_best_of": paired_with_best_of(spent),
     }
+
+
+def paired_with_best_of(spent: Spent) -> list[dict[str, Any]]:
+    """System 2 at every budget beside the cheapest best-of-N that costs as much or more, on the same problems: the
+    difference of their accuracies and McNemar's p. A budget that costs more than every best-of-N is left out."""
+    cost = {key: float(np.mean(multiply_adds)) for key, (_, multiply_adds) in spent.points.items()}
+    found = []
+    for (method, budget), (correct, _) in spent.points.items():
+        if method != "system_2":
+            continue
+        enough = [key for key in cost if key[0] == "best_of" and cost[key] >= cost[method, budget]]
+        if not enough:
+            continue
+        other = min(enough, key=lambda key: cost[key])
+        theirs = spent.points[other][0]
+        found.append(
+            {
+                "simulations": budget,
+                "best_of": other[1],
+                "times_the_cost": cost[other] / cost[method, budget],
+                "difference": float(np.mean(correct)) - float(np.mean(theirs)),
+                "mcnemar_p": mcnemar(correct, theirs),
+            }
+        )
+    return found
 
 
 def _said(price: Costs, tokens: int) -> int:

@@ -16,7 +16,7 @@ from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from types import ModuleType
 
-INTERFACE = 3
+INTERFACE = 4
 """Counts the changes of what Python and C++ expect of each other; ``src/module.cpp`` has the same number."""
 
 

@@ -10,7 +10,7 @@ K convolution width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -21,6 +21,8 @@ from crsm.native import require
 from crsm.types import LayerState, ModelState, StepOutput
 
 Weights = Literal["fp32", "bf16", "int8"]
+Place = tuple[str, dict[str, Any], str]
+"""A parameter's name, and the dictionary and key where it is found even after it is replaced."""
 
 
 class _HeldState(ModelState):
@@ -83,7 +85,7 @@ class NativeDecoder:
             head=has_head,
         )
         self._has_head = has_head
-        self._places: list[tuple[str, dict[str, Any], str]] = []
+        self._places: list[Place] = []
         self._watch: Any = None
         self.refresh()
 
@@ -98,8 +100,9 @@ class NativeDecoder:
         Raises:
             ValueError: a parameter is not fp32, not on the CPU or not finite; it is named.
         """
-        self._places = [*_parameter_places(self._model, self._has_head)]
-        self._check()
+        parts = ("backbone", "fusion", "lm_head") if self._has_head else None
+        self._places = [*parameter_places(self._model, parts)]
+        check_parameters(self._places)
         backbone = self._backbone
         with torch.no_grad():
             self._core.load_embedding(as_array(backbone.embedding.weight))
@@ -126,12 +129,7 @@ class NativeDecoder:
                     as_array(model.lm_head.weight),
                     self.threads,
                 )
-        watch = require().Watch()
-        for _, holder, key in self._places:
-            parameter = holder[key]
-            version = None if parameter.is_inference() else parameter._version  # inference tensors do not count
-            watch.add(holder, key, parameter, version, parameter.data_ptr())
-        self._watch = watch
+        self._watch = watch(self._places)
 
     def step(self, token_B: Tensor, state: ModelState, donate: bool = False) -> StepOutput:
         """Consumes one token per sequence, as ``Backbone.step`` does.
@@ -213,6 +211,14 @@ class NativeDecoder:
         """
         return self._core.slots(capacity)
 
+    def make_exact(self, critic_LD: np.ndarray, critic_bias_L: np.ndarray) -> Any:
+        """The core's world model of these weights, with critics (:mod:`crsm.native.exact`).
+
+        Raises:
+            ValueError: wrong shapes or types, or the decoder was made of a backbone alone.
+        """
+        return self._core.exact(critic_LD, critic_bias_L)
+
     def _step(self, token_B: Tensor, state: ModelState, donate: bool, logits_BV: Tensor | None) -> StepOutput:
         self.renew()
         token, batch = self._tokens(token_B)
@@ -259,25 +265,45 @@ class NativeDecoder:
             [as_array(layer.conv_BCK) for layer in state.layers], [as_array(layer.ssm_BHPN) for layer in state.layers]
         )
 
+    def is_stale(self) -> bool:
+        """Whether the weights have changed since they were packed."""
+        return bool(self._watch.changed())
+
     def renew(self) -> None:
         """Packs the weights again if they have changed."""
         if self._watch.changed():
             self.refresh()
 
-    def _check(self) -> None:
-        for name, holder, key in self._places:
-            tensor = holder[key]
-            _check_tensor(name, tensor, torch.float32)
-            # Layers that an imported checkpoint does not read have a logit of -inf: weight 0, exactly.
-            finite = ~tensor.isnan() if name == "fusion.logits_L" else tensor.isfinite()
-            if not finite.all():
-                raise ValueError(f"{name} holds {tensor[~finite].flatten()[0].item()}; allowed: finite numbers")
+
+def check_parameters(places: Iterable[Place]) -> None:
+    """
+    Raises:
+        ValueError: a parameter is not float32, not on the CPU or not finite; it is named.
+    """
+    for name, holder, key in places:
+        tensor = holder[key]
+        _check_tensor(name, tensor, torch.float32)
+        # Layers that an imported checkpoint does not read have a logit of -inf: weight 0, exactly.
+        finite = ~tensor.isnan() if name == "fusion.logits_L" else tensor.isfinite()
+        if not finite.all():
+            raise ValueError(f"{name} holds {tensor[~finite].flatten()[0].item()}; allowed: finite numbers")
 
 
-def _parameter_places(model: nn.Module, has_head: bool) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Names of the parameters that are packed, and where they are found even after one is replaced."""
+def watch(places: Iterable[Place]) -> Any:
+    """What tells whether one of these parameters was replaced, written to, or given other memory since."""
+    watcher = require().Watch()
+    for _, holder, key in places:
+        parameter = holder[key]
+        version = None if parameter.is_inference() else parameter._version  # inference tensors do not count
+        watcher.add(holder, key, parameter, version, parameter.data_ptr())
+    return watcher
+
+
+def parameter_places(model: nn.Module, parts: Iterable[str] | None = None) -> Iterator[Place]:
+    """The parameters of a model, or of some of its parts."""
+    wanted = None if parts is None else {*parts}
     for prefix, module in model.named_modules():
-        if has_head and prefix.split(".")[0] not in ("backbone", "fusion", "lm_head"):
+        if wanted is not None and prefix.split(".")[0] not in wanted:
             continue
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -294,3 +320,8 @@ def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
 def as_array(tensor: Tensor) -> np.ndarray:
     """A contiguous view, or copy, as NumPy has it."""
     return tensor.detach().contiguous().numpy()
+
+
+def plain(array: np.ndarray) -> np.ndarray:
+    """Contiguous and writable, which is how arrays reach the extension module; a message's arrays are neither."""
+    return np.require(array, requirements=("C", "W"))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from crsm.config import Config
 from crsm.native import require
+from crsm.native.decoder import plain
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 TokenArray = np.ndarray[Any, np.dtype[np.int64]]
@@ -92,7 +93,7 @@ class LatentNetwork:
         Raises:
             ValueError: wrong shape or type, or NaN or infinity; the snapshot and the read layer are named.
         """
-        return self._core.latent_memory(self._weights, _plain(memory_BMHPN), threads)
+        return self._core.latent_memory(self._weights, plain(memory_BMHPN), threads)
 
     def project(
         self,
@@ -115,7 +116,7 @@ class LatentNetwork:
         Raises:
             ValueError: an argument has a wrong shape or type, or is out of range.
         """
-        hidden_BLD, known_B = _plain(hidden_BLD), _plain(known_B)
+        hidden_BLD, known_B = plain(hidden_BLD), plain(known_B)
         found = self._core.latent_project(self._weights, memory, hidden_BLD, known_B, lag, hypotheses, threads)
         return LatentFuture(*found)
 
@@ -127,7 +128,7 @@ class LatentNetwork:
         Raises:
             ValueError: an argument has a wrong shape or type, or is out of range.
         """
-        arrays = (_plain(a) for a in (memory_R, latent_RG, token_R))
+        arrays = (plain(a) for a in (memory_R, latent_RG, token_R))
         latent, hidden = self._core.latent_advance(self._weights, memory, *arrays, threads)
         return latent, hidden
 
@@ -137,7 +138,7 @@ class LatentNetwork:
         Raises:
             ValueError: ``hidden_RLD`` has a wrong shape or type.
         """
-        logits, values = self._core.latent_heads(self._weights, _plain(hidden_RLD), threads)
+        logits, values = self._core.latent_heads(self._weights, plain(hidden_RLD), threads)
         return logits, values
 
     def evaluator(
@@ -157,15 +158,10 @@ class LatentNetwork:
             ValueError: wrong shapes or types, a future's latent or residual stream holds NaN or infinity (tree and
                 layer are named), or ``num_actions`` is below 1.
         """
-        latent_FG, hidden_FLD, memory_F = (_plain(a) for a in (future.latent_FG, future.hidden_FLD, future.memory_F))
+        latent_FG, hidden_FLD, memory_F = (plain(a) for a in (future.latent_FG, future.hidden_FLD, future.memory_F))
         return self._core.latent_evaluator(
             self._weights, memory, memory_F, latent_FG, hidden_FLD, sorted(terminal_tokens), num_actions, threads
         )
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-    """Contiguous and writable, which is how arrays reach the extension module; a message's arrays are neither."""
-    return np.require(array, requirements=("C", "W"))
 
 
 def unfit(model: nn.Module, world_model: nn.Module) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from crsm.native.decoder import NativeDecoder, as_array
 from crsm.types import LayerState, ModelState
+from crsm.wire import Wire
 
 Write = tuple[int, np.ndarray, np.ndarray, Sequence[float], int, int]
 """Index into the named slots, write_u_LRE, write_b_LRN, alpha_L, tokens since the target, where it is spent."""
@@ -68,7 +69,9 @@ class SlotMemory:
         state = ModelState(tuple(LayerState(*layer) for layer in layers))
         return state, torch.from_numpy(hidden), torch.from_numpy(delta), expires, torch.from_numpy(decays)
 
-    def read(self, slots: Sequence[int], layers: Sequence[int], conv: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def read(
+        self, slots: Sequence[int], layers: Sequence[int], conv: bool, wire: Wire = "fp32"
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         hidden, ssm, windows = self._core.read(slots, layers, conv)
         return torch.from_numpy(hidden), torch.from_numpy(ssm), torch.from_numpy(windows) if conv else None
 

@@ -104,7 +104,7 @@ def judge_plans(checkpoint: Checkpoint, task: Task, count: int, seed: int, lag: 
         planners=recorder,
         deliberation=deliberation,
         sampling=checkpoint.config.sampling.model_copy(update={"temperature": 0.0}),
-        engine=EngineConfig(clock="virtual", max_batch=checkpoint.config.engine.max_batch),
+        engine=_engine_settings(checkpoint),
     )
     usable = [plan for plan in recorder.plans if plan.line and _assumed_right(plan, run)]
     critic = checkpoint.model.critic
@@ -121,6 +121,12 @@ def judge_plans(checkpoint: Checkpoint, task: Task, count: int, seed: int, lag: 
         _follow(checkpoint, task, usable, run),
         np.array(alone, dtype=bool),
     )
+
+
+def _engine_settings(checkpoint: Checkpoint) -> EngineConfig:
+    """The defaults, where and with as many generations as the checkpoint's settings say."""
+    own = checkpoint.config.engine
+    return EngineConfig(clock="virtual", max_batch=own.max_batch, device=own.device)
 
 
 def _index(plan: Plan) -> int:
@@ -152,7 +158,7 @@ def _follow(checkpoint: Checkpoint, task: Task, plans: Sequence[Plan], run: Run)
             requests.append(
                 GenerationRequest((*answer.prompt, *said), SamplingConfig(max_tokens=left), DeliberationConfig())
             )
-    engine = Engine(checkpoint, None, EngineConfig(max_batch=checkpoint.config.engine.max_batch))
+    engine = Engine(checkpoint, None, _engine_settings(checkpoint))
     continued = iter(engine.generate_all(requests))
     right = []
     for plan, said in zip(plans, begun, strict=True):

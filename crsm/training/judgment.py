@@ -93,8 +93,8 @@ def judge(
     model: CRSM, tasks: Sequence[Task], tokenizer: Tokenizer, settings: JudgmentStageConfig, seed: int
 ) -> dict[str, dict[str, float]]:
     """Per task, on held-out attempts at the last token before the verdict: AUC, ECE and pairwise branch accuracy of the
-    consensus, as the backbone sees it, and branch accuracy as the world model imagines it from ``HORIZON`` tokens
-    before."""
+    consensus, as the backbone sees it, and branch accuracy as the world model that plans imagines it from ``HORIZON``
+    tokens before."""
     table = {}
     groups = attempt_groups(
         tasks, tokenizer, attempts=4, seed=seed, step=1, batch=settings.evaluate_problems, split="valid"
@@ -140,10 +140,11 @@ class _Judged(NamedTuple):
 def _judge_block(model: CRSM, group: AttemptGroup) -> _Judged:
     texts = Texts.from_group(group, device=model.lm_head.weight.device)
     roots = tuple(sorted({max(0, int(length) - 1 - HORIZON) for length in texts.length_B}))
-    trace = trace_backbone(model.backbone, texts, roots, model.world_model.read_layers)
+    world_model = model.planning_model()
+    trace = trace_backbone(model.backbone, texts, roots, world_model.read_layers)
     rows = torch.arange(len(texts.length_B), device=texts.length_B.device)
     values_BL = model.critic(trace.hidden_SBLD[texts.length_B - 1, rows])
-    steps = list(unroll(model, model.world_model, trace, texts, HORIZON))
+    steps = list(unroll(model, world_model, trace, texts, HORIZON))
     index = np.concatenate([step.index_M[step.last_M].cpu().numpy() for step in steps])
     return _Judged(
         texts.outcome_B,

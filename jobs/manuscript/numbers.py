@@ -66,6 +66,8 @@ def power(value: float, digits: int = 1) -> str:
 
 
 def p_value(value: float) -> str:
+    if value == 0:  # smaller than any number of double precision
+        return r"$<\!10^{-300}$"
     return figure(value, 2) if value >= 0.01 else power(value)
 
 
@@ -146,6 +148,8 @@ def transported(results: Mapping[str, Any], task: str, late: int, layer: int) ->
 
 def macros() -> dict[str, Macro]:
     """All macros of the prose, by name."""
+    from jobs.manuscript.seven import add_seven_kinds  # which writes its figures with this module's functions
+
     table: dict[str, Macro] = {}
 
     def add(name: str, source: str, value: Value) -> None:
@@ -156,6 +160,7 @@ def macros() -> dict[str, Macro]:
     _add_model(add)
     _add_reasoning(add)
     _add_compute(add)
+    add_seven_kinds(add)
     _add_writes(add)
     _add_speed(add)
     _add_gsm8k(add)
@@ -188,7 +193,7 @@ def _add_model(add: Add) -> None:
     add("GateAuc", "training", lambda r: short(gates(r)["auc"]))
     add("GateEce", "training", lambda r: share(gates(r)["ece"]))
     for name, path in _SETTINGS.items():
-        add(name, "training", _setting(path))
+        add(name, "training", setting(path))
 
 
 _SETTINGS = {
@@ -210,7 +215,7 @@ _SETTINGS = {
 """Settings of the shipped checkpoint that the prose names."""
 
 
-def _setting(path: str) -> Value:
+def setting(path: str) -> Value:
     def value(record: Any) -> str:
         found = record["config"]
         for key in path.split("."):

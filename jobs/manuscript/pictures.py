@@ -15,7 +15,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from crsm.evaluation.figures import GOAL, GREY, INK, LIGHT, OTHERS, SYSTEM_1, SYSTEM_2
 from jobs.manuscript.numbers import Results, task_name
-from jobs.manuscript.sources import TASKS
+from jobs.manuscript.seven import NAMES
+from jobs.manuscript.sources import PAIRED, TASKS
 
 WIDTH = 6.5
 """Inches of a line of text."""
@@ -120,32 +121,53 @@ def compute(results: Results) -> Figure:
     figure = _figure(2.4)
     panels = figure.subplots(1, len(TASKS), sharey=True)
     for axes, task in zip(panels, TASKS, strict=True):
-        curves = results[f"compute_{task}"]["results"]["compute"]
-        for method, name, color, marker in _METHODS:
-            points = curves["methods"][method]
-            x = [cell["samples"] for cell in points]
-            low, high = zip(*(cell["interval"] for cell in points), strict=True)
-            axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
-            axes.plot(x, [cell["accuracy"] for cell in points], color=color, marker=marker, label=name)
-            for cell in points if method == "system_2" else ():
-                axes.annotate(
-                    str(cell["budget"]),
-                    (cell["samples"], cell["accuracy"]),
-                    (0, 4),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=7,
-                    color=color,
-                )
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set(xlabel="compute after the prompt, in sampled answers", ylim=(0, 1.14), title=task_name(task))
-        _bare(axes)
+        _against_compute(axes, results[f"compute_{task}"])
+        axes.set(xlabel="compute after the prompt, in sampled answers", title=task_name(task))
     panels[0].set_ylabel("right answers")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
+
+
+def compute_seven(results: Results) -> Figure:
+    """The same with the exact world model, and on one kind with the latent one."""
+    figure = _figure(2.5)
+    panels = figure.subplots(1, len(PAIRED), sharey=True)
+    for axes, kind in zip(panels, PAIRED, strict=True):
+        _against_compute(axes, results[f"paired_{kind}"])
+        axes.set(title=NAMES[kind])
+    latent = results["latent_paired_star_5"]["results"]["compute"]["methods"]["system_2"]
+    x, y = [cell["samples"] for cell in latent], [cell["accuracy"] for cell in latent]
+    panels[0].plot(x, y, color=SYSTEM_2, marker="o", linestyle=":", markerfacecolor="white", label="System 2, latent")
+    panels[0].set_ylabel("right answers")
+    figure.supxlabel("compute after the prompt, in sampled answers", fontsize=8)
+    names = panels[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside upper center", ncols=5, frameon=False, columnspacing=1.0, handlelength=1.6)
+    return figure
+
+
+def _against_compute(axes: Axes, record: Any) -> None:
+    for method, name, color, marker in _METHODS:
+        points = record["results"]["compute"]["methods"][method]
+        x = [cell["samples"] for cell in points]
+        low, high = zip(*(cell["interval"] for cell in points), strict=True)
+        axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+        axes.plot(x, [cell["accuracy"] for cell in points], color=color, marker=marker, label=name)
+        for cell in points if method == "system_2" else ():
+            axes.annotate(
+                str(cell["budget"]),
+                (cell["samples"], cell["accuracy"]),
+                (0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+                color=color,
+            )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(0, 1.14)
+    _bare(axes)
 
 
 # ------------------------------------------------------------------------------------------------------------ planners
@@ -205,6 +227,7 @@ def fidelity(results: Results) -> Figure:
 PICTURES = {
     "lag_rate": Picture(("ablate_lag_rate",), lag_rate),
     "compute": Picture(tuple(f"compute_{task}" for task in TASKS), compute),
+    "compute_seven": Picture((*(f"paired_{kind}" for kind in PAIRED), "latent_paired_star_5"), compute_seven),
     "planners": Picture(("planners",), planners),
     "fidelity": Picture(("training",), fidelity),
 }

@@ -56,6 +56,14 @@ VARIANTS = (
 """System 2 with one setting changed, a plan at every token."""
 
 
+_REASONING = "python -m jobs.benchmark_reasoning --checkpoint reasoning --seed 7 --controls none"
+KINDS = ("star_2", "star_5", "tree_path", "countdown", "maze", "sudoku", "prosqa")
+"""Of the checkpoint ``reasoning``."""
+PAIRED = ("star_5", "tree_path", "maze", "countdown")
+"""Those of them with accuracy against compute."""
+_LATENT = "--set model.world_model.kind=latent --set search.simulations=64"
+
+
 def _sources() -> Iterable[Source]:
     yield Source(
         "training",
@@ -96,6 +104,7 @@ def _sources() -> Iterable[Source]:
                 f"{_BENCHMARK} --task {task} --lag 0,1,2 --controls none --set {setting}",
                 f"{what}, {task.replace('_', '-')}",
             )
+    yield from _of_seven_kinds()
     yield Source("planners", "python -m jobs.simulate_pool", "hit rate against planners, simulated")
     yield Source(
         "steering", "python -m jobs.verify_steering --checkpoint nano --problems 200 --seed 7", "what a write does"
@@ -119,6 +128,38 @@ def _sources() -> Iterable[Source]:
         " --problems 100 --controls gate_zero --seed 7",
         "GSM8K with shut gates",
     )
+
+
+def _of_seven_kinds() -> Iterable[Source]:
+    for kind in KINDS:
+        yield Source(f"seven_{kind}", f"{_REASONING} --problems 1000 --lag 1,2 --task {kind}", f"both systems, {kind}")
+    yield Source(
+        "seven_star_2_many",
+        f"{_REASONING} --problems 20000 --lag 2 --task star_2",
+        "path-star beside published figures",
+    )
+    yield Source(
+        "seven_prosqa_public",
+        f"{_REASONING} --problems 300 --lag 1,2 --task prosqa --set tasks.prosqa.path=prosqa_valid.json",
+        "ProsQA's public validation problems",
+    )
+    for kind in PAIRED:
+        yield Source(
+            f"paired_{kind}",
+            f"{_REASONING} --problems 300 --lag 1 --task {kind} --compute",
+            f"accuracy against compute, {kind}",
+        )
+    yield Source(
+        "latent_paired_star_5",
+        f"{_REASONING} --problems 300 --lag 1 --task star_5 --compute {_LATENT}",
+        "accuracy against compute with the latent world model, star_5",
+    )
+    for kind in ("countdown", "maze"):
+        yield Source(
+            f"latent_{kind}",
+            f"{_REASONING} --problems 1000 --lag 1 --task {kind} {_LATENT}",
+            f"both systems with the latent world model, {kind}",
+        )
 
 
 SOURCES = {source.name: source for source in _sources()}

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.manuscript import speed
+from jobs.manuscript import seven, speed
 from jobs.manuscript.numbers import Results, at_lag, count, figure, p_value, share, short, task_name, text
-from jobs.manuscript.sources import HYPOTHESES, SOURCES, TASKS, VARIANTS, Source
+from jobs.manuscript.sources import HYPOTHESES, KINDS, PAIRED, SOURCES, TASKS, VARIANTS, Source
 from jobs.manuscript.tabular import rule, tabular
 
 CONTROLS = (
@@ -263,6 +263,9 @@ TABLES = {
     "variants": Table(
         ("path_star", "tree_path_lags", *(f"{name}_{task}" for name, _, _ in VARIANTS for task in TASKS)), variants
     ),
+    "seven": Table(tuple(f"seven_{kind}" for kind in (*KINDS, "star_2_many", "prosqa_public")), seven.seven),
+    "published": Table(tuple(name for name, _ in seven.PUBLISHED), seven.published),
+    "equal_compute": Table(tuple(f"paired_{kind}" for kind in PAIRED), seven.equal_compute),
     "training": Table(("training",), training),
     "speed_search": Table(("speed_search",), speed.search),
     "speed_kernels": Table(("speed_train", "speed_decode"), speed.kernels),

@@ -1,4 +1,4 @@
-"""Language models of Hugging Face of the size of one of ours, as a stage of the same training loop.
+"""Language models of the size of one of ours, of Hugging Face and mamba-ssm, as a stage of the same training loop.
 
 Same rows in the same order, same optimizer, schedule, clipping and loss (cross-entropy at the same targets), same
 evaluation: what differs is the model and where its weights start. A peer has no critics, so nothing of it is judged,
@@ -21,23 +21,36 @@ from crsm.tasks.base import Task
 from crsm.training.rows import BackboneRows
 from crsm.training.stage import Metrics, Stage, scalar
 
-PEERS = ("mamba2", "gpt2")
+TEXT_PEERS = ("mamba2", "gpt2")
+"""Of Hugging Face, on any device."""
+PEERS = (*TEXT_PEERS, "mamba_ssm")
+"""The last is ``mamba_ssm.MambaLMHeadModel``, on a GPU."""
 _POSITIONS = 1024
 _HEAD = 64
 """Width of an attention head, as in GPT-2."""
+_PADDED = 64
+"""Rows of a compiled model have a multiple of so many tokens: a graph for each of a few shapes. (One graph for all
+shapes is what torch's compiler cannot make of transformers' Mamba-2.)"""
+
+
+class NotInstalledError(ValueError):
+    """A peer's library is missing, or cannot be loaded."""
 
 
 def build_peer(name: str, sizes: BackboneConfig) -> nn.Module:
     """A freshly initialised peer (from torch's global generator).
 
-    ``mamba2`` has the very sizes of our backbone; ``gpt2`` its width, and as many layers as come closest to its number
-    of parameters.
+    ``mamba2`` and ``mamba_ssm`` have the very sizes of our backbone; ``gpt2`` its width, and as many layers as come
+    closest to its number of parameters.
 
     Raises:
         ValueError: an unknown peer, or a width that does not divide into attention heads.
+        NotInstalledError: its library is not there.
     """
     if name not in PEERS:
         raise ValueError(f"peer {name!r}; allowed: {', '.join(PEERS)}")
+    if name == "mamba_ssm":
+        return _mamba_ssm(sizes)
     if name == "mamba2":
         from transformers import Mamba2Config, Mamba2ForCausalLM
 
@@ -79,6 +92,26 @@ def build_peer(name: str, sizes: BackboneConfig) -> nn.Module:
     )
 
 
+def _mamba_ssm(sizes: BackboneConfig) -> nn.Module:
+    try:
+        from mamba_ssm.models.config_mamba import MambaConfig
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+    except Exception as error:  # its extensions fail in ways of their own
+        raise NotInstalledError(f"it is not installed: {error}") from None
+    ssm = {"layer": "Mamba2", "d_state": sizes.d_state, "d_conv": sizes.d_conv, "expand": sizes.expand}
+    model: nn.Module = MambaLMHeadModel(
+        MambaConfig(
+            d_model=sizes.d_model,
+            n_layer=sizes.n_layer,
+            vocab_size=sizes.vocab_size,
+            ssm_cfg=ssm | {"headdim": sizes.headdim, "chunk_size": sizes.chunk_size},
+            pad_vocab_size_multiple=1,
+            tie_embeddings=sizes.tie_embeddings,
+        )
+    )
+    return model
+
+
 def gpt2_layers(sizes: BackboneConfig) -> int:
     """Layers of a GPT-2 of the backbone's width whose parameters come closest to the backbone's."""
     width, inner, state, heads = sizes.d_model, sizes.d_inner, sizes.d_state, sizes.n_heads
@@ -112,8 +145,9 @@ class PeerStage(Stage):
         compiled: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        if compiled:  # one graph for rows of all lengths
-            peer.compile(dynamic=True)
+        if compiled:
+            peer.compile(dynamic=False)
+        self.multiple = _PADDED if compiled else 1
         self.peer, self.settings, self.seed, self.world = peer, settings, seed, 1
         self.rows = BackboneRows(settings, seed, tasks, tokenizer)
 
@@ -138,7 +172,9 @@ class PeerStage(Stage):
         """Of the next token, summed over the targets. Padding follows what is real, so nothing sees it."""
         tokens_BT = torch.from_numpy(batch.tokens_BT).to(self.device)
         target_BT = torch.from_numpy(batch.targets_mask_BT).to(self.device)[:, 1:]
-        logits_BTV = self.peer(input_ids=tokens_BT).logits
+        length = tokens_BT.shape[1]
+        padded_BT = F.pad(tokens_BT, (0, -length % self.multiple))
+        logits_BTV = self.peer(input_ids=padded_BT).logits[:, :length]
         return F.cross_entropy(logits_BTV[:, :-1][target_BT], tokens_BT[:, 1:][target_BT], reduction="sum")
 
     @torch.no_grad()

@@ -94,6 +94,7 @@ class Rig:
         engine: EngineConfig = EngineConfig(clock="wall"),
         planner_class: type = StallingPlanner,
         threads: int = 1,
+        gpus: float = 0.0,
         **options: Any,
     ) -> None:
         self._numbers = itertools.count()
@@ -105,6 +106,7 @@ class Rig:
             planner_class=planner_class,
             planner_cpus=0.5,
             num_cpus=0.5,
+            num_gpus=gpus,
             threads=threads,
         )
         self.pid = ray.get(self.generator.ping.remote())

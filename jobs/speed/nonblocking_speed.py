@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from crsm.config import Config, DeliberationConfig, EngineConfig
+from crsm.config import Config, DeliberationConfig, DeviceName, EngineConfig
 from crsm.data.sequences import encode_prompt
 from crsm.model import Checkpoint, load_checkpoint
 from crsm.tasks import build_tasks
@@ -60,18 +60,27 @@ QUICK_CASES = {
 }
 
 
-def nonblocking_rows(core: int | None, *, seed: int, progress: Progress, quick: bool = False) -> list[Row]:
+GPU_SHARE = 0.25
+"""Of a GPU, for each generator and each planner: two generators and a planner live at a time."""
+
+
+def nonblocking_rows(
+    core: int | None, *, seed: int, progress: Progress, quick: bool = False, device: DeviceName = "cpu"
+) -> list[Row]:
     """All rows of ``benchmark_speed nonblocking``.
 
     Args:
         core: for the generator; None: whatever there is.
         quick: tiny loads: whether it runs.
+        device: of both systems; a GPU is shared by all of them.
     """
     rows: list[Row] = []
     for shape, cases in (QUICK_CASES if quick else CASES).items():
         checkpoint = load_checkpoint("nano") if shape == "nano" else random_checkpoint(TEN_MILLION, seed)
-        engine = EngineConfig(clock="wall", wire="fp32" if shape == "nano" else "bf16")
-        on, off = Rig(checkpoint, 1, core, engine=engine), Rig(checkpoint, 0, core, engine=engine)
+        engine = EngineConfig(clock="wall", wire="fp32" if shape == "nano" else "bf16", device=device)
+        share = GPU_SHARE if device == "cuda" else 0.0
+        where: dict[str, Any] = {"device": device, "num_gpus": share, "gpus": share}
+        on, off = (Rig(checkpoint, planners, core, engine=engine, **where) for planners in (1, 0))
         try:
             for case in cases:
                 rows += _rows(case, on, off, load_of(case, checkpoint, seed), pinned=core is not None)

@@ -13,7 +13,9 @@ import torch
 
 from crsm.config import SearchConfig
 from crsm.data.sequences import encode_answer, encode_prompt
-from crsm.latent_dynamics import Snapshot, take_snapshot
+from crsm.devices import CPU, device_of
+from crsm.evaluation.compute import costs
+from crsm.latent_dynamics import ExactDynamics, Snapshot, WorldModel, take_snapshot
 from crsm.model import CRSM, Checkpoint, load_checkpoint
 from crsm.reasoning import Deliberator
 from crsm.tasks import build_task
@@ -73,6 +75,8 @@ def search_rows(
     loaded = load_checkpoint(checkpoint)
     jobs.append(lambda: _latency(loaded, roofline, seed, 10 if quick else 200))
     jobs.append(lambda: _several_leaves(loaded, roofline, seed, quick))
+    for trees in (1, 3) if quick else (1, 16):
+        jobs.append(partial(_exact, loaded, roofline, seed, trees, 4 if quick else 128))
     for number, job in enumerate(jobs):
         progress.update(number)
         roofline.measure_gemm()
@@ -159,13 +163,16 @@ def network_cost(model: CRSM) -> tuple[float, float]:
     return float(weights + memory), 4.0 * weights
 
 
-def random_roots(model: CRSM, count: int, seed: int, length: int = 24) -> tuple[Snapshot, np.ndarray]:
-    """Snapshots after random prompts, and the token that follows each."""
+def random_roots(
+    model: CRSM, count: int, seed: int, length: int = 24, world_model: WorldModel | None = None
+) -> tuple[Snapshot, np.ndarray]:
+    """Snapshots after random prompts for a world model (None: the latent one), on the CPU, and the token that follows
+    each."""
     vocabulary = model.config.model.backbone.vocab_size
     tokens_BT = np.random.default_rng(seed).integers(vocabulary, size=(count, length + 1))
     with torch.inference_mode():
-        _, hidden_BLD, state = model.prefill(torch.from_numpy(tokens_BT[:, :-1]))
-        return take_snapshot(hidden_BLD, state, model.world_model), tokens_BT[:, -1]
+        _, hidden_BLD, state = model.prefill(torch.from_numpy(tokens_BT[:, :-1]).to(device_of(model)))
+        return take_snapshot(hidden_BLD, state, world_model or model.world_model).on(CPU), tokens_BT[:, -1]
 
 
 def requests_of(snapshot: Snapshot, token_B: np.ndarray, simulations: int) -> list[PlanRequest]:
@@ -179,6 +186,7 @@ def requests_of(snapshot: Snapshot, token_B: np.ndarray, simulations: int) -> li
             token=int(token_B[row]),
             hidden_LD=snapshot.hidden_BLD[row].numpy(),
             ssm_LHPN=snapshot.memory_BMHPN[row].numpy(),
+            conv_LCK=None if snapshot.conv_BLCK is None else snapshot.conv_BLCK[row].numpy(),
             simulations=simulations,
             seed=row,
         )
@@ -217,6 +225,43 @@ def _latency(checkpoint: Checkpoint, roofline: Roofline, seed: int, repeats: int
             higher_is_better=False,
             note=f"95th percentile {percentile(milliseconds, 0.95):.3g} ms",
             percentile_95=percentile(milliseconds, 0.95),
+        )
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- exact
+
+
+def _exact(checkpoint: Checkpoint, roofline: Roofline, seed: int, trees: int, simulations: int) -> list[Row]:
+    """The backbone as its own world model: branches of the snapshot's state in C++, a state a node in PyTorch."""
+    model = checkpoint.model
+    exact = ExactDynamics(model.backbone)
+    requests = requests_of(*random_roots(model, trees, seed, world_model=exact), simulations)
+    searches = {
+        engine: Deliberator.from_checkpoint(checkpoint, world_model=exact, engine=engine)
+        for engine in ("native", "python")
+    }
+    seconds = interleave(
+        {engine: timed(partial(made.look_ahead, requests, 0, 1)) for engine, made in searches.items()},
+        repeats=5,
+        warm_up=1,
+    )
+    backbone = costs(model).backbone + costs(model).policy
+    sizes = model.config.model.backbone
+    # A branch reads the state of its snapshot once, where a state of its own is decayed, added to and read.
+    saved = 2 * sizes.n_layer * sizes.d_inner * sizes.d_state
+    weights = sum(parameter.numel() for parameter in model.backbone.parameters())
+    count = "1 tree" if trees == 1 else f"{trees} trees"
+    return [
+        make_row(
+            f"search, shipped checkpoint, exact world model, {count}, {simulations} simulations",
+            "simulations/s",
+            roofline.threads,
+            rates(seconds["native"], trees * simulations),
+            peer_name="PyTorch, a state a node",
+            peer=rates(seconds["python"], trees * simulations),
+            limit=roofline.products_per_second(backbone - saved, 4.0 * weights, trees),
+            limit_by="the backbone's matrix products and reads",
         )
     ]
 

@@ -66,7 +66,7 @@ def test_the_store_never_holds_more_than_it_may_and_drops_what_ends_first(times:
         handle = store.put(dataclasses.replace(SAVED), seconds)
         while len(alive) >= room:
             del alive[min(alive, key=lambda name: alive[name])]
-        alive[handle.handle] = seconds
+        alive[handle.handle] = clock() + seconds  # as rounded: of equal ends the older one goes
         assert store.num_bytes <= room * SAVED.num_bytes
     assert len(store) == len(alive)
     for name in alive:

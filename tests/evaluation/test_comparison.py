@@ -1,5 +1,6 @@
 """The controls do what they say, and the comparison reports what happened."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from crsm.config import DeliberationConfig, EngineConfig, SamplingConfig
 from crsm.data.sequences import encode_answer, encode_prompt
 from crsm.engine import Engine
-from crsm.evaluation.comparison import CONTROLS, TIME_SHIFT, compare, untrained_world_model
+from crsm.evaluation.comparison import CONTROLS, TIME_SHIFT, compare, with_untrained_world_model
 from crsm.evaluation.controls import (
     AlteredPlanners,
     OraclePlanners,
@@ -24,7 +25,7 @@ from crsm.reasoning import Deliberator
 from crsm.tasks import build_task
 from crsm.tasks.base import problems
 from crsm.types import Channel
-from tests.fixtures import PROMPT, TASK, a_request, make_plan, tiny_checkpoint
+from tests.fixtures import PROMPT, TASK, a_request, make_plan, tiny_checkpoint, tiny_config
 
 CONTENT = ("line", "value_root_L", "value_plan_L", "uncertainty", "confidence_L", "write_u_LRE", "write_b_LRN")
 ADDRESS = ("request_id", "generation_id", "position", "target", "assumed", "model_version")
@@ -247,12 +248,37 @@ def test_an_unknown_control_is_named(checkpoint):
         )
 
 
-def test_an_untrained_world_model_has_other_weights_and_leaves_the_random_state_alone(checkpoint):
-    before = torch.random.get_rng_state()
-    one, two = untrained_world_model(checkpoint, 1), untrained_world_model(checkpoint, 1)
+@pytest.mark.parametrize(("kind", "part"), [("latent", "world_model"), ("exact", "backbone")])
+def test_an_untrained_world_model_has_other_weights_and_changes_nothing_else(kind, part):
+    trained = tiny_checkpoint(tiny_config(kind=kind))
+    before, kept = torch.random.get_rng_state(), copy.deepcopy(trained.model.state_dict())
+    one, two = with_untrained_world_model(trained, 1), with_untrained_world_model(trained, 1)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not torch.equal(one.encoder.weight, checkpoint.model.world_model.encoder.weight)
+    for (name, tensor), other in zip(one.model.state_dict().items(), two.model.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other) and torch.equal(trained.model.state_dict()[name], kept[name])
+        if not name.startswith(part):
+            assert torch.equal(tensor, kept[name]), name
+    name = next(name for name, _ in trained.model.named_parameters() if name.startswith(part))
+    assert not torch.equal(one.model.state_dict()[name], kept[name])
+    world = one.model.planning_model()
+    assert world is one.model.world_model if kind == "latent" else world.backbone is one.model.backbone
+
+
+@pytest.mark.parametrize("kind", ["latent", "exact"])
+def test_every_control_runs_with_either_world_model(kind):
+    checkpoint = tiny_checkpoint(tiny_config(kind=kind))
+    task = build_task(TASK)
+    found = compare(
+        checkpoint,
+        task,
+        problems(task, 0, "test", 2),
+        deliberation=DeliberationConfig(lag=1),
+        search=checkpoint.config.search.model_copy(update={"simulations": 4}),
+        sampling=SamplingConfig(max_tokens=4),
+        seed=0,
+        controls=CONTROLS,
+    )
+    assert set(found["controls"]) == set(CONTROLS)
 
 
 def test_the_oracles_plans_are_the_solutions_own_tokens_through_the_engine(checkpoint):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from crsm.evaluation.compute import costs
+from crsm.evaluation.equal_compute import Spent, paired_with_best_of
 from tests.fixtures import tiny_checkpoint, tiny_config
 
 # d_model 16, 2 layers, d_state 8, head dimension 8, expand 2 (so inner width 32 and 4 heads), 4 taps of 48 channels;
@@ -63,3 +64,19 @@ def test_the_exact_world_model_costs_a_backbone_token_per_imagined_token():
 def test_a_tied_head_costs_as_much_as_one_of_its_own(counted):
     tied = costs(tiny_checkpoint(tiny_config(tied=True)).model)
     assert dataclasses.asdict(tied) == dataclasses.asdict(counted[0])
+
+
+def test_system_2_is_paired_with_the_cheapest_best_of_n_that_costs_as_much_or_more():
+    """5 against 1 of 8 problems, 4 of them told apart one way and 0 the other: McNemar's exact p is 2 · (1/2)^4."""
+    right = [True] * 5 + [False] * 3
+    points = {
+        ("best_of", 1): ([False] * 8, [10.0] * 8),
+        ("best_of", 2): ([True] + [False] * 7, [20.0] * 8),
+        ("best_of", 4): ([True] * 8, [40.0] * 8),
+        ("beam_search", 2): ([True] * 8, [15.0] * 8),
+        ("system_2", 8): (right, [12.0] * 8),
+        ("system_2", 64): (right, [41.0] * 8),
+    }
+    (pair,) = paired_with_best_of(Spent(points, [10.0] * 8, [5] * 8))
+    assert (pair["simulations"], pair["best_of"], pair["difference"]) == (8, 2, 0.5)
+    assert pair["times_the_cost"] == pytest.approx(20 / 12) and pair["mcnemar_p"] == pytest.approx(0.125)

@@ -317,8 +317,9 @@ def test_search_runs_without_its_peer(job, tmp_path):
     status, record, err = job("search", *options)
     assert status == 0
     assert record["job"] == "benchmark_speed search"
-    check_rows(record, {"mctx", None})
-    first, _, latency, *_ = record["results"]["rows"]
+    check_rows(record, {"mctx", "PyTorch, a state a node", None})
+    first, _, latency, *_, exact = record["results"]["rows"]
+    assert exact["peer_name"] == "PyTorch, a state a node" and exact["ratio"] > 0
     assert first["samples"]["ours"] and first["unit"] == "simulations/s"
     assert latency["unit"] == "ms" and latency["percentile_95"] >= latency["ours"]
     assert latency["share_of_limit"] == pytest.approx(latency["limit"] / latency["ours"])
@@ -347,6 +348,17 @@ def test_decode_goes_on_without_llama_cpp(job, tmp_path):
     rows = record["results"]["rows"]
     assert sum(row.get("peer_name") == "llama.cpp" and row["peer"] is None for row in rows) == 4
     assert [row["over_one_stream"] > 0 for row in rows if "over_one_stream" in row] == [True, True]
+
+
+def test_both_systems_are_measured_on_one_device(job):
+    status, record, err = job("device", "--quick", "--device", "cpu", "--threads", 1, "--json", "-")
+    assert status == 0
+    check_rows(record, {"System 2 off", None})
+    rows = record["results"]["rows"]
+    assert [row["bar"] for row in rows if row.get("bar")] == [100_000, 0.95, 0.95]
+    assert [row["leaves"] for row in rows if "leaves" in row] == [1, 2]
+    assert all(row["requests"] > 0 for row in rows if row.get("peer_name") == "System 2 off")
+    assert "the bar is 100,000" in err
 
 
 def test_a_profile_names_the_operators_and_their_shares(job):

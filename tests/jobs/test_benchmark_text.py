@@ -14,7 +14,7 @@ from crsm.training.loop import run_stage
 from crsm.training.rows import BackboneRows
 from jobs.benchmark_text import main
 from jobs.command import invoke
-from jobs.peers.language_models import PEERS, PeerStage, build_peer, gpt2_layers, language_parameters
+from jobs.peers.language_models import TEXT_PEERS, PeerStage, build_peer, gpt2_layers, language_parameters
 from tests.data.corpora import prose, tiny_config, write_jsonl
 
 pytest.importorskip("transformers")
@@ -68,7 +68,7 @@ def test_the_gpt2_peer_comes_as_close_to_our_size_as_a_layer_allows(layers):
     assert abs(language_parameters(build_peer("gpt2", sizes)) - target) <= (12 * width**2 + 13 * width) / 2
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", TEXT_PEERS)
 def test_padding_and_what_follows_change_nothing_of_a_peers_loss(checkpoint, name):
     _, config, tokenizer = checkpoint
     torch.manual_seed(0)
@@ -129,3 +129,18 @@ def test_bad_input_is_one_line(checkpoint, capsys):
     assert "peer 'bert'; allowed: mamba2, gpt2" in capsys.readouterr().err
     assert invoke(main, ["--checkpoint=nano"]) == 2
     assert "stage_1.text of 'nano' is not set; allowed: a checkpoint trained on shards" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", TEXT_PEERS)
+@torch.no_grad()
+def test_rows_that_are_padded_for_the_compiler_lose_what_they_lost(checkpoint, name):
+    _, config, tokenizer = checkpoint
+    tasks = build_tasks(config.tasks)
+    sizes = build_model(config, tokenizer).config.model.backbone
+    stage = PeerStage(build_peer(name, sizes), config.stage_1, 0, tasks, tokenizer).eval()
+    batch = stage.batch(0, 0, 0, 1)
+    plain, _ = stage(batch)
+    stage.multiple = 64
+    padded, _ = stage(batch)
+    assert any(part.tokens_BT.shape[1] % 64 for part in batch)
+    assert float(padded) == pytest.approx(float(plain), rel=1e-5)

@@ -12,7 +12,8 @@ from jobs.command import invoke
 from jobs.manuscript.numbers import at_lag, count, figure, macro_file, macros, p_value, power, share
 from jobs.manuscript.pictures import PICTURES
 from jobs.manuscript.prose import capital_commands, citations, faults, read_sections, typed_numbers
-from jobs.manuscript.sources import PAPER, RESULTS, SOURCES, Source, load, shrink
+from jobs.manuscript.seven import PUBLISHED, numbers_kept, paired
+from jobs.manuscript.sources import KINDS, PAIRED, PAPER, RESULTS, SOURCES, Source, load, shrink
 from jobs.manuscript.tables import TABLES, table_file
 from jobs.paper import app, write_generated
 
@@ -160,6 +161,55 @@ def test_a_table_holds_the_figures_of_its_result_file() -> None:
     assert "bit-identical" in table
 
 
+def test_the_table_of_the_seven_kinds_holds_both_lags_of_each() -> None:
+    results = load()
+    lines = [line for line in table_file(TABLES["seven"], results).splitlines() if line.count("&") == 8]
+    rows = lines[-(len(KINDS) + 2) :]
+    for kind, row in zip(KINDS, rows, strict=False):
+        cells = [cell.strip(" \\") for cell in row.split("&")]
+        measured = [at_lag(results[f"seven_{kind}"]["results"], lag) for lag in (1, 2)]
+        assert cells[2] == share(measured[0]["system1"]["accuracy"])
+        assert [cells[3], cells[6]] == [share(found["system2"]["accuracy"]) for found in measured]
+        assert [cells[4], cells[7]] == [p_value(found["mcnemar_p"]) for found in measured]
+    assert rows[-2].count("--") == 3, "20,000 problems at lag 2 only"
+
+
+def test_the_seven_kinds_were_measured_with_one_checkpoint_and_the_world_model_that_the_text_names() -> None:
+    results = load()
+    names = [name for name in SOURCES if name.startswith(("seven_", "paired_", "latent_"))]
+    assert len({results[name]["results"]["checkpoint"]["weights"] for name in names}) == 1
+    for name in names:
+        kind = "latent" if name.startswith("latent_") else "exact"
+        assert results[name]["config"]["model"]["world_model"]["kind"] == kind, name
+
+
+def test_at_equal_compute_the_samples_cost_at_least_as_much_as_the_plan() -> None:
+    results = load()
+    table = table_file(TABLES["equal_compute"], results)
+    for kind in PAIRED:
+        found = results[f"paired_{kind}"]["results"]
+        for simulations in (8, 16, 32, 64):
+            row = paired(found, simulations)
+            assert row["times_the_cost"] >= 1
+            assert f"${row['difference']:+.3f}$ & {p_value(row['mcnemar_p'])}" in table
+        with pytest.raises(KeyError, match="no pair of 9 simulations"):
+            paired(found, 9)
+
+
+def test_every_published_figure_names_its_paper(bib: str) -> None:
+    for name, words in PUBLISHED:
+        assert name in SOURCES
+        assert citations(words) and all(f"{{{key}," in bib for key in citations(words))
+
+
+def test_an_imagined_position_keeps_what_its_token_adds_and_a_state_all_of_it() -> None:
+    backbone = {"d_model": 8, "n_layer": 3, "d_state": 16, "headdim": 4, "expand": 2, "d_conv": 4}
+    # One layer: 4 heads of 4 by 16; a window of 3 by 16 + 2 · 16 channels; decays, dt · x and B; a stream.
+    window, state, record, stream = 3 * 48, 4 * 4 * 16, 4 + 16 + 16, 8
+    kept = numbers_kept({"model": {"backbone": backbone}})
+    assert kept == (3 * (window + record + stream), 3 * (window + state))
+
+
 def test_a_missing_result_file_says_so_and_names_its_command(tmp_path: Path) -> None:
     files = write_generated({}, tmp_path)
     assert files == len(list(tmp_path.iterdir())) + len(PICTURES), "no picture is drawn of nothing"
@@ -196,6 +246,7 @@ def test_the_build_names_what_is_missing(
         (power(4.68e-97), r"$5\times10^{-97}$"),
         (figure(0.0002584, 2), r"$3\times10^{-4}$"),
         (p_value(1.0), "1.0"),
+        (p_value(0.0), r"$<\!10^{-300}$"),
         (p_value(7.45e-9), r"$7\times10^{-9}$"),
     ],
 )

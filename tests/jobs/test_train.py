@@ -288,6 +288,13 @@ def test_every_problem_is_rolled_out_once_by_each_system():
     assert {job.problem_seed for job in jobs}.isdisjoint(job.problem_seed for job in plan_jobs(settings, 1))
 
 
+def test_a_task_that_system_2_is_not_taught_is_not_rolled_out():
+    settings = load_config(None, ["tasks.tree_path.plan=false", "stage_3.problems=50"])
+    jobs = plan_jobs(settings, 0)
+    assert {job.task for job in jobs} == {"path_star"}
+    assert sum(job.count for job in jobs if job.system == 1) == 50
+
+
 def test_accuracies_by_task_and_system():
     records = [{"task": "a", "system": 1 + i % 2, "correct": i < 3} for i in range(4)]
     assert accuracies(records) == {"a": {1: 1.0, 2: 0.5}}

@@ -45,14 +45,15 @@ def nano() -> Checkpoint:
 
 @functools.cache
 @torch.inference_mode()
-def requests_of(count: int, lag: int = 2, hypotheses: int = 1) -> list[PlanRequest]:
+def requests_of(count: int, lag: int = 2, hypotheses: int = 1, kind: str = "latent") -> list[PlanRequest]:
     """What an engine asks of the nano checkpoint at the end of held-out prompts of both tasks."""
     checkpoint, requests = load_checkpoint("nano"), []
+    world = checkpoint.model.world_model if kind == "latent" else ExactDynamics(checkpoint.model.backbone)
     for task in build_tasks(checkpoint.config.tasks):
         for problem in problems(task, 3, "test", count // 2):
             prompt = encode_prompt(problem, checkpoint.tokenizer)
             logits_BV, hidden_BLD, state = checkpoint.model.prefill(torch.tensor([prompt]))
-            snapshot = take_snapshot(hidden_BLD, state, checkpoint.model.planning_model())
+            snapshot = take_snapshot(hidden_BLD, state, world)
             requests.append(
                 PlanRequest(
                     request_id=len(requests),
@@ -62,21 +63,24 @@ def requests_of(count: int, lag: int = 2, hypotheses: int = 1) -> list[PlanReque
                     token=int(logits_BV.argmax()),
                     hidden_LD=snapshot.hidden_BLD[0].numpy(),
                     ssm_LHPN=snapshot.memory_BMHPN[0].numpy(),
+                    conv_LCK=None if snapshot.conv_BLCK is None else snapshot.conv_BLCK[0].numpy(),
                     hypotheses=hypotheses,
                 )
             )
     return requests
 
 
-def plans_by(engine: str, requests: list[PlanRequest], checkpoint: Checkpoint) -> list[Plan]:
-    return Deliberator.from_checkpoint(checkpoint, engine=engine)(requests)  # type: ignore[arg-type]
+def plans_by(engine: str, requests: list[PlanRequest], checkpoint: Checkpoint, kind: str = "latent") -> list[Plan]:
+    world = None if kind == "latent" else ExactDynamics(checkpoint.model.backbone)
+    return Deliberator.from_checkpoint(checkpoint, world_model=world, engine=engine)(requests)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["latent", "exact"])
 @pytest.mark.parametrize(("lag", "hypotheses"), [(2, 1), (1, 2)])
-def test_native_plans_are_those_of_pytorch(nano: Checkpoint, lag: int, hypotheses: int) -> None:
+def test_native_plans_are_those_of_pytorch(nano: Checkpoint, lag: int, hypotheses: int, kind: str) -> None:
     """Rounding may move a visit where two actions are equally good: at most one line in a hundred."""
-    requests = requests_of(50, lag, hypotheses)
-    mine, theirs = (plans_by(engine, requests, nano) for engine in ("native", "python"))
+    requests = requests_of(50, lag, hypotheses, kind)
+    mine, theirs = (plans_by(engine, requests, nano, kind) for engine in ("native", "python"))
     assert [plan.assumed for plan in mine] == [plan.assumed for plan in theirs]
     same = [a.line == b.line for a, b in zip(mine, theirs, strict=True)]
     assert len(same) == 50 * hypotheses and np.mean(same) >= 0.99
@@ -128,11 +132,12 @@ def test_both_searches_grow_the_same_tree_on_the_native_network() -> None:
         np.testing.assert_array_equal(*(getattr(tree, field.name) for tree in trees), err_msg=field.name)
 
 
-def test_a_plan_is_bit_by_bit_what_it_is_alone(nano: Checkpoint) -> None:
-    requests = requests_of(10)
-    together = plans_by("native", requests, nano)
+@pytest.mark.parametrize("kind", ["latent", "exact"])
+def test_a_plan_is_bit_by_bit_what_it_is_alone(nano: Checkpoint, kind: str) -> None:
+    requests = requests_of(10, kind=kind)
+    together = plans_by("native", requests, nano, kind)
     for plan, request in list(zip(together, requests, strict=True))[::3]:
-        (alone,) = plans_by("native", [request], nano)
+        (alone,) = plans_by("native", [request], nano, kind)
         for name in ("line", "simulations"):
             assert getattr(plan, name) == getattr(alone, name)
         for name in ("value_root_L", "value_plan_L", "policy_probs_A", "policy_tokens_A"):
@@ -151,11 +156,12 @@ def test_the_native_network_serves_where_it_can() -> None:
     assert computes_natively(Deliberator.from_checkpoint(latent))
     assert computes_natively(Deliberator.from_checkpoint(latent, engine="native"))
     assert not computes_natively(Deliberator.from_checkpoint(latent, engine="python"))
-    assert not computes_natively(Deliberator.from_checkpoint(exact))
-    with pytest.raises(
-        ValueError, match="engine = 'native', world model = ExactDynamics; allowed: a LatentDynamics of"
-    ):
-        Deliberator.from_checkpoint(exact, engine="native")
+    assert computes_natively(Deliberator.from_checkpoint(exact))
+    assert computes_natively(Deliberator.from_checkpoint(exact, engine="native"))
+    assert not computes_natively(Deliberator.from_checkpoint(exact, engine="python"))
+    elsewhere = ExactDynamics(latent.model.backbone)
+    with pytest.raises(ValueError, match="engine = 'native', world model = ExactDynamics; allowed: a world model on"):
+        Deliberator.from_checkpoint(exact, world_model=elsewhere, engine="native")
     wide = dataclasses.replace(latent, model=copy.deepcopy(latent.model).double())
     assert not computes_natively(Deliberator.from_checkpoint(wide))
     with pytest.raises(
@@ -173,7 +179,9 @@ def test_another_world_model_on_the_same_embedding_serves_too() -> None:
     foreign = tiny_checkpoint(seed=5).model.world_model
     assert not computes_natively(Deliberator.from_checkpoint(checkpoint, world_model=foreign))
     exact = ExactDynamics(checkpoint.model.backbone)
-    assert not computes_natively(Deliberator.from_checkpoint(checkpoint, world_model=exact))
+    assert computes_natively(Deliberator.from_checkpoint(checkpoint, world_model=exact))
+    foreign_backbone = ExactDynamics(tiny_checkpoint(seed=5).model.backbone)
+    assert not computes_natively(Deliberator.from_checkpoint(checkpoint, world_model=foreign_backbone))
 
 
 def test_without_a_native_core_pytorch_serves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -391,8 +391,9 @@ def test_the_page_is_told_what_it_may_ask_for() -> None:
 
 
 def test_models_are_listed() -> None:
-    (model,) = ask(an_app(), "GET", "/v1/models").json()["data"]
-    assert model["id"] == "tiny" and model == ask(an_app(), "GET", "/v1/models/tiny").json()
+    app = an_app()
+    (model,) = ask(app, "GET", "/v1/models").json()["data"]
+    assert model["id"] == "tiny" and model == ask(app, "GET", "/v1/models/tiny").json()
 
 
 def test_a_model_may_have_a_slash_in_its_name() -> None:

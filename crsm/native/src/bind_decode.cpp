@@ -8,6 +8,7 @@
 
 #include "arrays.hpp"
 #include "bindings.hpp"
+#include "bound_exact.hpp"
 #include "bound_slots.hpp"
 #include "decoder.hpp"
 
@@ -193,6 +194,11 @@ public:
         return BoundSlots(decoder_, capacity);
     }
 
+    BoundExact exact(AnyArray critic, AnyArray critic_bias) const {
+        require_head();
+        return BoundExact(decoder_, critic, critic_bias);
+    }
+
 private:
     static size_t size(int64_t value) { return static_cast<size_t>(value); }
 
@@ -316,6 +322,7 @@ void bind_decode(nb::module_& m) {
              nb::arg("hidden"), nb::arg("decay"), nb::arg("logits"), nb::arg("said"), nb::arg("threads") = 0)
         .def("logits", &BoundDecoder::logits, nb::arg("hidden"), nb::arg("logits"), nb::arg("threads") = 0)
         .def("slots", &BoundDecoder::slots, nb::arg("capacity"), nb::keep_alive<0, 1>())
+        .def("exact", &BoundDecoder::exact, nb::arg("critic"), nb::arg("critic_bias"), nb::keep_alive<0, 1>())
         .def_prop_ro("bytes_of_weights", &BoundDecoder::bytes_of_weights);
 }
 

@@ -6,6 +6,7 @@
 namespace crsm {
 
 void bind_decode(nanobind::module_& m);
+void bind_exact(nanobind::module_& m);
 void bind_injection(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_latent(nanobind::module_& m);

@@ -7,6 +7,7 @@
 // A layer is three phases; inside a phase all tasks are independent, and rows are independent through all of them:
 //   project_in    panels of the input projection, then for its own columns: silu(z), convolution and SiLU, dt
 //   update_state  (row, head): softplus, decay, h ← a·h + (dt·x) ⊗ B, y = h·C + D·x, gate; one pass over the state
+//   (read_branches  row: the same y without a state of its own; see DecodeStep)
 //   project_out   panels of the output projection, then for its own columns: residual, next norm's weight, fusion
 // A norm's 1/rms is a factor of a whole row: the product takes x·weight, its result is scaled, and the squares are summed
 // by the tasks that make x, piece by piece in a fixed order. So no task reads a whole row but the products themselves.
@@ -26,6 +27,7 @@ struct DecodeSizes {
 
     int64_t d_inner() const { return n_heads * headdim; }
     int64_t conv_channels() const { return d_inner() + 2 * d_state; }
+    int64_t record() const { return n_heads + d_inner() + d_state; }
     int64_t projected() const { return d_inner() + conv_channels() + n_heads; }
     int64_t pieces() const { return (d_model + kPanel - 1) / kPanel; }
 };
@@ -70,6 +72,19 @@ struct DecodeStep {
     const float* const* ssm_in = nullptr;  // per layer (H, P, N)
     float* const* ssm_out = nullptr;
     float* const* carried_BL = nullptr;  // (H, P, N) to be multiplied by the decays as well, or null; null: none at all
+
+    // Rows that branch off states instead of moving them: `ssm_in` holds those states, which stay as they are, and there
+    // is no `ssm_out`. What a token adds to a layer's state is a record: decays (H), inputs dt·x (E), B (N). With it
+    //   y = Σ_i (Π_{j>i} a_j) (B_i·C) dt_i·x_i + (Π_j a_j) h·C    over the tokens i on the branch
+    // is what a state of its own would give (the dual form of arXiv 2405.21060, section 3), and nothing of the size of
+    // a state is written or kept. All null: rows have states.
+    const int64_t* from_B = nullptr;    // place whose convolution window is read; the new one lies at place(r)
+    const int64_t* state_B = nullptr;   // which of the states the branch leaves
+    const int64_t* branch_B = nullptr;  // [B + 1]: the branch of row r is `branch`[branch_B[r], branch_B[r + 1])
+    const int64_t* branch = nullptr;    // places of the tokens between the state and this one, the newest first
+    float* const* records = nullptr;    // per layer; that of place p lies at p · record_stride
+    int64_t record_stride = 0;
+
     float* hidden_BLD = nullptr;
     float* decay_LBH = nullptr;
     int64_t decay_stride = 0;    // from a layer to the next
@@ -85,6 +100,8 @@ struct DecodeStep {
     float* mixed_BD = nullptr;      // fusion of the layers so far
 
     int64_t place(int64_t row) const { return place_B != nullptr ? place_B[row] : first + row; }
+    int64_t window(int64_t row) const { return from_B != nullptr ? from_B[row] : place(row); }
+    bool branches() const { return records != nullptr; }
 };
 
 struct DecodeTable {
@@ -95,6 +112,9 @@ struct DecodeTable {
     // Units row·H + head, [begin, end).
     void (*update_state)(const DecodeModel&, const DecodeLayer&, const DecodeStep&, int64_t layer, int64_t begin,
                          int64_t end);
+    // The same for the branches of rows [begin, end), which have records and no states.
+    void (*read_branches)(const DecodeModel&, const DecodeLayer&, const DecodeStep&, int64_t layer, int64_t begin,
+                          int64_t end);
     // `next_norm_D`: weight of the norm after this layer, or null after the last one.
     void (*project_out)(const DecodeModel&, const DecodeLayer&, const DecodeStep&, int64_t layer,
                         const float* next_norm_D, int64_t begin, int64_t end);

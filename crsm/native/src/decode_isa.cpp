@@ -1,6 +1,7 @@
 // The phases of a decode step. Scratch and orchestration: decode.cpp.
 #include "decode.hpp"
 #include "gemm.hpp"
+#include "latent/kernels.hpp"
 #include "vec_tile.hpp"
 
 namespace crsm::CRSM_ISA {
@@ -148,10 +149,9 @@ void project_in(const DecodeModel& model, const DecodeLayer& weights, const Deco
         if (first < E) scale_silu(values_M + first, smaller(last, E) - first, scale);
         const int64_t from = larger(first, E) - E, to = smaller(last, E + C) - E;
         if (from < to) {
-            const int64_t window = step.place(row) * step.conv_stride;
             const auto convolved = step.taps_first ? convolve<true> : convolve<false>;
-            convolved(sizes, weights, values_M + E, step.conv_in[layer] + window, step.conv_out[layer] + window, from,
-                      to, scale);
+            convolved(sizes, weights, values_M + E, step.conv_in[layer] + step.window(row) * step.conv_stride,
+                      step.conv_out[layer] + step.place(row) * step.conv_stride, from, to, scale);
         }
         for (int64_t n = larger(first, E + C); n < last; ++n) values_M[n] *= scale;
     }
@@ -249,6 +249,21 @@ inline bool move_head_if(const float* h, float* to, bool past_caches, int64_t ah
     return true;
 }
 
+// Step sizes and decays of `count` ≤ kWidth heads from `head` on.
+inline void discretize(const DecodeLayer& weights, const float* raw_H, int64_t head, int64_t count, float* dt,
+                       float* decay) {
+    const VecF sizes = softplus(load_some(raw_H + head, count) + load_some(weights.dt_bias_H + head, count));
+    store_some(dt, sizes, count);
+    store_some(decay, exp(sizes * load_some(weights.A_H + head, count)), count);
+}
+
+// The gate of `count` ≤ kPanel outputs of a head, their part of the norm's weight, and their squares; `y` is used up.
+inline float gate(float* y, float skip, const float* x, const float* silu_z, const float* norm, float* gated,
+                  int64_t count) {
+    for (int64_t i = 0; i < count; ++i) y[i] = (y[i] + skip * x[i]) * silu_z[i];
+    return scale_piece(y, norm, gated, count);
+}
+
 // So many heads further on, the state is brought near.
 constexpr int64_t kAhead = 2;
 
@@ -271,10 +286,7 @@ void update_state(const DecodeModel& model, const DecodeLayer& weights, const De
             // For the heads from here on: a vector of them at once, as far as they are this call's.
             const int64_t first = head / kWidth * kWidth, skipped = head - first;
             const int64_t count = smaller(smaller(kWidth, H - first) - skipped, end - unit);
-            const VecF raw = load_some(projected_M + E + C + head, count) + load_some(weights.dt_bias_H + head, count);
-            const VecF dt = softplus(raw);
-            store_some(dt_H + skipped, dt, count);
-            store_some(decay_H + head, exp(dt * load_some(weights.A_H + head, count)), count);
+            discretize(weights, projected_M + E + C, head, count, dt_H + skipped, decay_H + head);
         }
         const float dt = dt_H[head % kWidth], decay = decay_H[head];
         const int64_t place = step.place(row) * step.ssm_stride + head * P * N;
@@ -295,8 +307,7 @@ void update_state(const DecodeModel& model, const DecodeLayer& weights, const De
                 !move_head_if<8>(from, moved, past_caches, ahead, count, N, decay, input, B_N, C_N, y)) {
                 move_head_any(from, moved, count, N, decay, input, B_N, C_N, y);
             }
-            for (int64_t i = 0; i < count; ++i) y[i] = (y[i] + weights.D_H[head] * x_P[p + i]) * silu_z_P[p + i];
-            squares += scale_piece(y, norm_P + p, gated_P + p, count);
+            squares += gate(y, weights.D_H[head], x_P + p, silu_z_P + p, norm_P + p, gated_P + p, count);
         }
         step.square_BH[row * H + head] = squares;
         if (step.carried_BL == nullptr) continue;
@@ -306,6 +317,68 @@ void update_state(const DecodeModel& model, const DecodeLayer& weights, const De
         }
     }
     if (past_caches) order_stores();
+}
+
+inline float dot(const float* a, const float* b, int64_t count) {
+    VecF sums{};
+    by_vectors(0, count, [&](int64_t n, int64_t some) __attribute__((always_inline)) {
+        sums += load_some(a + n, some) * load_some(b + n, some);
+    });
+    return fold(sums);
+}
+
+// y[h, p] += factor[h] · score · input[h, p]; then factor[h] ← factor[h] · decay[h].
+inline void add_token(const float* decay_H, const float* input_E, float score, int64_t H, int64_t P, float* factor_H,
+                      float* y_E) {
+    for (int64_t head = 0; head < H; ++head) {
+        const VecF share = broadcast(factor_H[head] * score);
+        by_vectors(head * P, (head + 1) * P, [&](int64_t e, int64_t some) __attribute__((always_inline)) {
+            store_some(y_E + e, load_some(y_E + e, some) + share * load_some(input_E + e, some), some);
+        });
+        factor_H[head] *= decay_H[head];
+    }
+}
+
+void read_branches(const DecodeModel& model, const DecodeLayer& weights, const DecodeStep& step, int64_t layer,
+                   int64_t begin, int64_t end) {
+    const DecodeSizes& sizes = model.sizes;
+    const int64_t H = sizes.n_heads, P = sizes.headdim, N = sizes.d_state, E = sizes.d_inner();
+    const int64_t C = sizes.conv_channels(), M = sizes.projected();
+    for (int64_t row = begin; row < end; ++row) {
+        const float* projected_M = step.projected_BM + row * M;
+        const float *x_E = projected_M + E, *B_N = x_E + E, *C_N = B_N + N;
+        float* own = step.records[layer] + step.place(row) * step.record_stride;
+        float *decay_H = own, *input_E = decay_H + H, *kept_N = input_E + E;
+        for (int64_t first = 0; first < H; first += kWidth) {
+            const int64_t count = smaller(kWidth, H - first);
+            float dt[kWidth];
+            discretize(weights, projected_M + E + C, first, count, dt, decay_H + first);
+            for (int64_t e = first * P; e < (first + count) * P; ++e) input_E[e] = dt[e / P - first] * x_E[e];
+        }
+        for (int64_t n = 0; n < N; ++n) kept_N[n] = B_N[n];
+
+        // Until the gates are there, outputs lie where they will be gated, and factors where the squares will be.
+        float *y_E = step.gated_BE + row * E, *factor_H = step.square_BH + row * H;
+        for (int64_t e = 0; e < E; ++e) y_E[e] = 0;
+        for (int64_t head = 0; head < H; ++head) factor_H[head] = 1;
+        add_token(decay_H, input_E, dot(B_N, C_N, N), H, P, factor_H, y_E);
+        for (int64_t i = step.branch_B[row]; i < step.branch_B[row + 1]; ++i) {
+            const float* token = step.records[layer] + step.branch[i] * step.record_stride;
+            add_token(token, token + H, dot(token + H + E, C_N, N), H, P, factor_H, y_E);
+        }
+        const float* state = step.ssm_in[layer] + step.state_B[row] * step.ssm_stride;
+        for (int64_t head = 0; head < H; ++head) {
+            float squares = 0;
+            for (int64_t p = head * P; p < (head + 1) * P; p += kPanel) {
+                const int64_t count = smaller(kPanel, (head + 1) * P - p);
+                float y[kPanel];
+                latent_kernels.read(state + p * N, C_N, y, count, N);
+                for (int64_t i = 0; i < count; ++i) y[i] = y_E[p + i] + factor_H[head] * y[i];
+                squares += gate(y, weights.D_H[head], x_E + p, projected_M + p, weights.gated_norm_E + p, y_E + p, count);
+            }
+            factor_H[head] = squares;
+        }
+    }
 }
 
 void project_out(const DecodeModel& model, const DecodeLayer& weights, const DecodeStep& step, int64_t layer,
@@ -384,6 +457,7 @@ int64_t log_softmax(float* logits_V, int64_t vocab) {
 
 }  // namespace
 
-extern const DecodeTable decode_table = {embed, project_in, update_state, project_out, mix, project_logits, log_softmax};
+extern const DecodeTable decode_table = {embed,       project_in, update_state,   read_branches,
+                                         project_out, mix,        project_logits, log_softmax};
 
 }  // namespace crsm::CRSM_ISA

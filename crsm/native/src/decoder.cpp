@@ -116,11 +116,24 @@ Decoder::Decoder(const DecodeSizes& sizes, WeightType type, bool has_head) : has
     layers_.resize(static_cast<size_t>(sizes.n_layer));
     Arena count(nullptr);
     lay_out(count, sizes, type, has_head, layers_, model_.head);
-    weights_ = Pages(count.used());
-    Arena arena(weights_.data());
+    weights_ = std::make_shared<Pages>(count.used());
+    Arena arena(weights_->data());
     lay_out(arena, sizes, type, has_head, layers_, model_.head);
     bytes_of_weights_ = static_cast<int64_t>(count.used()) +
                         sizes.vocab_size * sizes.d_model * static_cast<int64_t>(sizeof(float));
+}
+
+Decoder::Decoder(const Decoder& other, const std::lock_guard<std::mutex>&)
+    : model_(other.model_),
+      layers_(other.layers_),
+      has_head_(other.has_head_),
+      bytes_of_weights_(other.bytes_of_weights_),
+      weights_(other.weights_),
+      pool_(other.pool_) {}
+
+std::shared_ptr<Decoder> Decoder::sibling() const {
+    const std::lock_guard<std::mutex> lock(busy_);
+    return std::shared_ptr<Decoder>(new Decoder(*this, lock));
 }
 
 void Decoder::set_embedding(const float* embedding_VD) {
@@ -200,7 +213,8 @@ void Decoder::step(DecodeStep step, int threads) {
     const DecodeSizes& sizes = model_.sizes;
     const bool head = step.logits_BV != nullptr;
     step.past_caches =
-        step.ssm_in[0] != step.ssm_out[0] && sizes.n_layer * step.batch * sizes.d_inner() * sizes.d_state > kCachedStates;
+        !step.branches() && step.ssm_in[0] != step.ssm_out[0] &&
+        sizes.n_layer * step.batch * sizes.d_inner() * sizes.d_state > kCachedStates;
     int members = worthwhile(step.batch, true, head, threads);
     const bool chosen = members > 1;
     if (chosen) members = choice_.next(2 * step.batch + (head ? 1 : 0), members);
@@ -228,7 +242,12 @@ void Decoder::step_by_rows(const DecodeStep& step, int members) {
         part.first += begin;
         if (part.place_B != nullptr) part.place_B += begin;
         if (part.carried_BL != nullptr) part.carried_BL += begin * sizes.n_layer;
-        part.decay_LBH += begin * sizes.n_heads;
+        if (part.decay_LBH != nullptr) part.decay_LBH += begin * sizes.n_heads;
+        if (part.branches()) {
+            part.from_B += begin;
+            part.state_B += begin;
+            part.branch_B += begin;
+        }
         if (head) part.logits_BV += begin * sizes.vocab_size;
         part.scaled_BD += begin * sizes.d_model;
         part.square_BJ += begin * sizes.pieces();
@@ -254,7 +273,11 @@ void Decoder::step_by_rows(const DecodeStep& step, int members) {
                     part.gated_BE = step.gated_BE + begin * sizes.d_inner();
                     part.out_BD = step.out_BD + begin * sizes.d_model;
                     table.project_in(model_, layer, part, index, 0, layer.in_proj.num_panels());
-                    table.update_state(model_, layer, part, index, 0, part.batch * sizes.n_heads);
+                    if (part.branches()) {
+                        table.read_branches(model_, layer, part, index, 0, part.batch);
+                    } else {
+                        table.update_state(model_, layer, part, index, 0, part.batch * sizes.n_heads);
+                    }
                     table.project_out(model_, layer, part, index, norm_after(index, head), 0,
                                       layer.out_proj.num_panels());
                 }
@@ -282,8 +305,11 @@ void Decoder::step_by_panels(const DecodeStep& step, int members) {
             share(phase[0].next, layer.in_proj.num_panels(), present,
                   [&](int64_t begin, int64_t end) { table.project_in(model_, layer, step, index, begin, end); });
             barrier.wait();
-            share(phase[1].next, step.batch * sizes.n_heads, present,
-                  [&](int64_t begin, int64_t end) { table.update_state(model_, layer, step, index, begin, end); });
+            share(phase[1].next, step.branches() ? step.batch : step.batch * sizes.n_heads, present,
+                  [&](int64_t begin, int64_t end) {
+                      const auto read = step.branches() ? table.read_branches : table.update_state;
+                      read(model_, layer, step, index, begin, end);
+                  });
             barrier.wait();
             share(phase[2].next, layer.out_proj.num_panels(), present, [&](int64_t begin, int64_t end) {
                 table.project_out(model_, layer, step, index, norm_after(index, head), begin, end);

@@ -34,7 +34,12 @@ class Decoder {
 public:
     Decoder(const DecodeSizes& sizes, WeightType type, bool has_head);
 
+    // A decoder of the same weights with a scratch of its own, so that both may step at a time. Neither may be packed
+    // again while the other one steps.
+    std::shared_ptr<Decoder> sibling() const;
+
     const DecodeSizes& sizes() const { return model_.sizes; }
+    const DecodeHead& head() const { return model_.head; }
     bool has_head() const { return has_head_; }
     // Of everything that a step may read of the weights, the embedding included.
     int64_t bytes_of_weights() const { return bytes_of_weights_; }
@@ -61,6 +66,8 @@ private:
         std::atomic<int64_t> next{0};
     };
 
+    Decoder(const Decoder& other, const std::lock_guard<std::mutex>& lock);
+
     void reserve(DecodeStep& step);
     int worthwhile(int64_t batch, bool layers, bool head, int threads) const;
     bool layers_are_small() const;
@@ -72,12 +79,12 @@ private:
     std::vector<DecodeLayer> layers_;
     bool has_head_;
     int64_t bytes_of_weights_ = 0;
-    Pages weights_;
+    std::shared_ptr<Pages> weights_;
     Pages scratch_;
     std::vector<Phase> phases_;
     TeamChoice choice_;
     std::shared_ptr<PagePool> pool_ = std::make_shared<PagePool>();
-    std::mutex busy_;
+    mutable std::mutex busy_;
 };
 
 }  // namespace crsm

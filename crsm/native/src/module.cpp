@@ -15,7 +15,7 @@ NB_MODULE(_crsm_native, m) {
     m.doc() = "Native core of CRSM: search, Mamba-2 kernels and decoding on CPU. Use it through crsm.native.";
     m.attr("__version__") = CRSM_VERSION;
     // The number in crsm/native/__init__.py.
-    m.attr("INTERFACE") = 3;
+    m.attr("INTERFACE") = 4;
     m.def("isa", [] { return std::string(crsm::isa_name(crsm::active_isa())); },
           "The instruction set in use: portable, avx2 or avx512.");
     m.def("num_threads", &crsm::num_threads, "Threads that a call may use.");
@@ -24,7 +24,8 @@ NB_MODULE(_crsm_native, m) {
     crsm::bind_decode(m);
     crsm::bind_injection(m);
     crsm::bind_linear(m);
-    crsm::bind_search(m);  // has the base class of what bind_latent binds
+    crsm::bind_search(m);  // has the base class of what the next two bind
+    crsm::bind_exact(m);
     crsm::bind_latent(m);
     crsm::bind_memory_read(m);
     crsm::bind_mixer(m);

@@ -22,13 +22,13 @@ Buffer<float> copy(const float* from, int64_t count) {
 
 LatentEvaluator::LatentEvaluator(std::shared_ptr<const Weights> weights, std::shared_ptr<const Memory> memory,
                                  const int64_t* memory_F, const float* latent_FG, const float* hidden_FLD,
-                                 int64_t trees_F, std::vector<int64_t> terminal_tokens, int64_t num_actions, int threads)
+                                 int64_t trees_F, const std::vector<int64_t>& terminal_tokens, int64_t num_actions, int threads)
     : weights_(std::move(weights)),
       memory_(std::move(memory)),
       memory_F_(memory_F, memory_F + trees_F),
       trees_F_(trees_F),
       actions_A_(std::min(num_actions, weights_->vocab_V)),
-      terminal_V_(static_cast<size_t>(weights_->vocab_V), 0),
+      terminal_V_(search::marked(terminal_tokens, weights_->vocab_V)),
       chunks_(*weights_, actions_A_, threads) {
     if (num_actions < 1) refuse("num_actions = " + std::to_string(num_actions) + "; allowed: at least 1");
     const int64_t G = weights_->width_G, hidden = weights_->hidden_size(), D = weights_->d_model_D;
@@ -45,10 +45,6 @@ LatentEvaluator::LatentEvaluator(std::shared_ptr<const Weights> weights, std::sh
             refuse("hidden_FLD: tree " + std::to_string(tree) + ", layer " + std::to_string(bad / D) +
                    " holds NaN or infinity; allowed: finite numbers");
         }
-    }
-    for (const int64_t token : terminal_tokens) {
-        // Tokens beyond the vocabulary are never generated.
-        if (token >= 0 && token < weights_->vocab_V) terminal_V_[static_cast<size_t>(token)] = 1;
     }
     root_latent_FG_ = copy(latent_FG, trees_F * G);
     root_hidden_FLD_ = copy(hidden_FLD, trees_F * hidden);
@@ -78,20 +74,10 @@ void LatentEvaluator::root(const search::EvaluationRows& out) {
     });
 }
 
-void LatentEvaluator::check(const search::Leaf& leaf) const {
-    const auto within = [](const char* name, int64_t value, int64_t size) {
-        if (value < 0 || value >= size) {
-            refuse(std::string(name) + " = " + std::to_string(value) + "; allowed: 0 to " + std::to_string(size - 1));
-        }
-    };
-    within("tree", leaf.tree, trees_F_);
-    within("parent", leaf.parent, slots_);
-    within("node", leaf.node, slots_);
-    within("token", leaf.token, weights_->vocab_V);
-}
-
 void LatentEvaluator::expand(const search::Leaf* leaves, int64_t count, const search::EvaluationRows& out) {
-    for (int64_t row = 0; row < count; ++row) check(leaves[row]);
+    for (int64_t row = 0; row < count; ++row) {
+        search::check_leaf("latent evaluator", leaves[row], trees_F_, slots_, weights_->vocab_V);
+    }
     const Weights& w = *weights_;
     const int64_t G = w.width_G, L = w.num_layers_L;
     chunks_.run(count, [&](int64_t begin, int64_t end, Workspace& work, int inner) {

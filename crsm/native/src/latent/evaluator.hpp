@@ -18,7 +18,7 @@ public:
     // Throws std::invalid_argument naming the argument, the tree and the layer if something is not finite or not there.
     LatentEvaluator(std::shared_ptr<const Weights> weights, std::shared_ptr<const Memory> memory,
                     const int64_t* memory_F, const float* latent_FG, const float* hidden_FLD, int64_t trees_F,
-                    std::vector<int64_t> terminal_tokens, int64_t num_actions, int threads);
+                    const std::vector<int64_t>& terminal_tokens, int64_t num_actions, int threads);
 
     int64_t num_trees() const override { return trees_F_; }
     int64_t num_actions() const override { return actions_A_; }
@@ -34,7 +34,6 @@ private:
     float* values(int64_t tree, int64_t slot) {
         return values_FSL_.data() + (tree * slots_ + slot) * weights_->num_layers_L;
     }
-    void check(const search::Leaf& leaf) const;
 
     std::shared_ptr<const Weights> weights_;
     std::shared_ptr<const Memory> memory_;

@@ -10,6 +10,9 @@
 
 namespace crsm::latent {
 
+// Added to the mean square of what a critic reads.
+inline constexpr float kCriticEps = 1e-5f;
+
 // A token of a policy's best.
 struct Candidate {
     float logit;
@@ -61,4 +64,11 @@ struct LatentKernels {
 };
 CRSM_DECLARE_TABLE(LatentKernels, latent_kernels)
 
+namespace latent {
+
+// The `keep` first candidates as tokens and log-probabilities, given what all slices of the vocabulary sum up to.
+void write_best(const Candidate* candidates, const SliceSum* sums, int64_t slices, int64_t keep, int64_t* tokens_A,
+                float* log_probs_A);
+
+}  // namespace latent
 }  // namespace crsm

@@ -164,12 +164,18 @@ void policy(const Weights& w, int64_t rows, int64_t keep, int64_t* tokens_RA, fl
             const int64_t last = std::min(places, w.vocab_V - (slices - 1) * kSlice);
             kernels.best(candidates, (slices - 1) * places + last, keep);
         }
-        float max, log_sum;
-        kernels.log_sum(work.sums.data() + row * slices, slices, &max, &log_sum);
-        for (int64_t action = 0; action < keep; ++action) {
-            tokens_RA[row * keep + action] = candidates[action].token;
-            log_probs_RA[row * keep + action] = (candidates[action].logit - max) - log_sum;
-        }
+        write_best(candidates, work.sums.data() + row * slices, slices, keep, tokens_RA + row * keep,
+                   log_probs_RA + row * keep);
+    }
+}
+
+void write_best(const Candidate* candidates, const SliceSum* sums, int64_t slices, int64_t keep, int64_t* tokens_A,
+                float* log_probs_A) {
+    float max, log_sum;
+    latent_kernels().log_sum(sums, slices, &max, &log_sum);
+    for (int64_t action = 0; action < keep; ++action) {
+        tokens_A[action] = candidates[action].token;
+        log_probs_A[action] = (candidates[action].logit - max) - log_sum;
     }
 }
 

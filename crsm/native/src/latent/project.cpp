@@ -1,21 +1,12 @@
 #include "project.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
+#include "../beam.hpp"
 #include "network.hpp"
 
 namespace crsm::latent {
-namespace {
-
-struct Continuation {
-    float score;
-    int64_t parent;  // row of the step before
-    int64_t token;
-};
-
-}  // namespace
 
 Future project(const Weights& w, const Memory& memory, const float* hidden_BLD, const int64_t* known_B, int64_t lag,
                int64_t hypotheses, int threads) {
@@ -23,12 +14,13 @@ Future project(const Weights& w, const Memory& memory, const float* hidden_BLD, 
     const int64_t keep = lag > 0 ? std::min(hypotheses, w.vocab_V) : 0;
     Chunks chunks(w, keep, threads);
 
-    // One step of all rows: `latent_RG` and `token` in; the new latents, their hidden and their best tokens out.
+    // One step of all futures: `latent_RG` in; the new latents, their hidden and their best tokens out.
+    Beam beam(known_B, batch);
     Future future;
-    std::vector<int64_t> token(known_B, known_B + batch), best_tokens;
+    std::vector<int64_t> best_tokens;
     std::vector<float> best_log_probs;
     const auto step = [&](const Buffer<float>& latent_RG, bool last) {
-        const int64_t rows = static_cast<int64_t>(token.size());
+        const int64_t rows = beam.futures();
         future.latent_FG = Buffer<float>(rows * G);
         future.hidden_FLD = Buffer<float>(rows * w.hidden_size());
         best_tokens.resize(static_cast<size_t>(rows * keep));
@@ -37,8 +29,8 @@ Future project(const Weights& w, const Memory& memory, const float* hidden_BLD, 
             const int64_t count = end - begin;
             std::memcpy(work.latent_RG.data(), latent_RG.data() + begin * G,
                         static_cast<size_t>(count * G) * sizeof(float));
-            std::copy_n(future.memory_F.begin() + begin, count, work.memory_R.begin());
-            std::copy_n(token.begin() + begin, count, work.token_R.begin());
+            std::copy_n(beam.request_F.begin() + begin, count, work.memory_R.begin());
+            std::copy_n(beam.token_F.begin() + begin, count, work.token_R.begin());
             advance(w, memory, count, work);
             for (int64_t row = 0; row < count; ++row) {
                 std::memcpy(future.latent_FG.data() + (begin + row) * G,
@@ -52,49 +44,21 @@ Future project(const Weights& w, const Memory& memory, const float* hidden_BLD, 
         });
     };
 
-    for (int64_t row = 0; row < batch; ++row) future.memory_F.push_back(row);
     Buffer<float> latent(batch * G);
     begin(w, hidden_BLD, batch, latent.data(), threads);
     step(latent, lag == 0);
-
-    std::vector<float> score(static_cast<size_t>(batch), 0.0f);
-    std::vector<Continuation> found;
     for (int64_t i = 0; i < lag; ++i) {
-        const int64_t width = future.width;
-        const int64_t beam = std::min(hypotheses, width * w.vocab_V);
-        std::vector<Continuation> chosen;
-        for (int64_t request = 0; request < batch; ++request) {
-            found.clear();
-            for (int64_t parent = request * width; parent < (request + 1) * width; ++parent) {
-                for (int64_t rank = 0; rank < keep; ++rank) {
-                    const float total = score[parent] + best_log_probs[parent * keep + rank];
-                    found.push_back({std::isnan(total) ? -INFINITY : total, parent, best_tokens[parent * keep + rank]});
-                }
-            }
-            std::stable_sort(found.begin(), found.end(),
-                             [](const Continuation& a, const Continuation& b) { return a.score > b.score; });
-            chosen.insert(chosen.end(), found.begin(), found.begin() + beam);
-        }
-        const int64_t rows = batch * beam;
-        latent = Buffer<float>(rows * G);
-        std::vector<int64_t> assumed(static_cast<size_t>(rows * (i + 1)));
-        score.resize(static_cast<size_t>(rows));
-        token.resize(static_cast<size_t>(rows));
-        future.memory_F.resize(static_cast<size_t>(rows));
-        for (int64_t row = 0; row < rows; ++row) {
-            const Continuation& from = chosen[static_cast<size_t>(row)];
-            std::memcpy(latent.data() + row * G, future.latent_FG.data() + from.parent * G,
+        const std::vector<int64_t> parent_F =
+            beam.follow(hypotheses, w.vocab_V, best_tokens.data(), best_log_probs.data());
+        latent = Buffer<float>(beam.futures() * G);
+        for (int64_t row = 0; row < beam.futures(); ++row) {
+            std::memcpy(latent.data() + row * G, future.latent_FG.data() + parent_F[static_cast<size_t>(row)] * G,
                         static_cast<size_t>(G) * sizeof(float));
-            std::copy_n(future.assumed_FT.begin() + from.parent * i, i, assumed.begin() + row * (i + 1));
-            assumed[row * (i + 1) + i] = from.token;
-            score[row] = from.score;
-            token[row] = from.token;
-            future.memory_F[row] = row / beam;
         }
-        future.assumed_FT = std::move(assumed);
-        future.width = beam;
         step(latent, i + 1 == lag);
     }
+    future.memory_F = std::move(beam.request_F);
+    future.assumed_FT = std::move(beam.assumed_FT);
     return future;
 }
 

@@ -11,7 +11,6 @@ namespace crsm::latent {
 
 // F = B · width futures, those of a request neighbouring, the likeliest first.
 struct Future {
-    int64_t width = 1;
     Buffer<float> latent_FG;
     Buffer<float> hidden_FLD;
     std::vector<int64_t> memory_F;   // snapshot that each future reads

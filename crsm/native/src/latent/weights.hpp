@@ -72,7 +72,7 @@ public:
     bool has_table() const { return token_table.size() > 0; }
     HeadWeights heads() const {
         return {num_layers_L,         d_model_D,     fusion_L.data(), critic_LD.data(),
-                critic_bias_L.data(), norm_D.data(), norm_eps,        1e-5f};
+                critic_bias_L.data(), norm_D.data(), norm_eps,        kCriticEps};
     }
     int64_t bytes() const;
 };

@@ -7,6 +7,8 @@
 #include <atomic>
 #include <cstdint>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 namespace crsm::search {
 
@@ -59,5 +61,27 @@ public:
     const std::atomic<bool>* cancel_flag = nullptr;
     bool cancelled() const { return cancel_flag != nullptr && cancel_flag->load(std::memory_order_relaxed); }
 };
+
+// Throws std::invalid_argument naming the evaluator and what of the leaf is out of range.
+inline void check_leaf(const char* evaluator, const Leaf& leaf, int64_t trees, int64_t slots, int64_t vocab) {
+    const auto within = [evaluator](const char* name, int64_t value, int64_t size) {
+        if (value >= 0 && value < size) return;
+        throw std::invalid_argument(std::string(evaluator) + ": " + name + " = " + std::to_string(value) +
+                                    "; allowed: 0 to " + std::to_string(size - 1));
+    };
+    within("tree", leaf.tree, trees);
+    within("parent", leaf.parent, slots);
+    within("node", leaf.node, slots);
+    within("token", leaf.token, vocab);
+}
+
+// Which tokens of the vocabulary are among `tokens`; those beyond it are never generated.
+inline std::vector<uint8_t> marked(const std::vector<int64_t>& tokens, int64_t vocab) {
+    std::vector<uint8_t> found(static_cast<size_t>(vocab), 0);
+    for (const int64_t token : tokens) {
+        if (token >= 0 && token < vocab) found[static_cast<size_t>(token)] = 1;
+    }
+    return found;
+}
 
 }  // namespace crsm::search
