@@ -40,6 +40,7 @@ class StageConfig(Settings):
     checkpoint_every: Positive = 250
     evaluate_every: Positive = 250
     evaluate_problems: Positive = 128
+    """At least one of every task, however few."""
     log_every: Positive = 25
 
 

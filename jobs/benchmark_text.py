@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.checkpoints import CheckpointOption, limit_threads, load_with_settings, print_table
-from jobs.command import ConfigOption, JsonOption, Progress, SeedOption, SetOption, run, write_result
+from jobs.command import ConfigOption, JsonOption, SeedOption, SetOption, run, write_result
+from jobs.peers.training import PeerTraining, train_peer
 
 if TYPE_CHECKING:
     from crsm.model import Checkpoint
-    from crsm.training.loop import LoopState, Point
 
 NO_PEER = "pip install transformers"
 
@@ -26,7 +26,8 @@ def main(
     folder: Annotated[
         Path, typer.Option("--folder", metavar="DIR", help="Where the peers' training is kept; it goes on from there.")
     ] = Path("runs/peers"),
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch, for a peer's training.")] = 2,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that train a peer together.")] = 2,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of torch, in each of them.")] = 1,
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="torch.compile for the peers; needs a C++ compiler.")
     ] = True,
@@ -44,8 +45,6 @@ def main(
     settings = loaded.config
     if settings.stage_1.text is None:
         raise ValueError(f"stage_1.text of {checkpoint!r} is not set; allowed: a checkpoint trained on shards of text")
-
-    import torch
 
     try:
         from jobs.peers.language_models import TEXT_PEERS, language_parameters
@@ -66,9 +65,10 @@ def main(
         "lr": settings.stage_1.optimizer.lr,
         **_own_figures(loaded, rows),
     }
-    torch.set_num_threads(threads)
     for name in names:
-        results["models"][name] = _train_peer(name, loaded, folder / f"{settings.name}-{name}", rows, compiled)
+        where = folder / f"{settings.name}-{name}"
+        training = PeerTraining(name, checkpoint, config, overrides, seed, where, workers, threads, compiled)
+        results["models"][name] = _peer_figures(training, settings.stage_1.optimizer.lr, rows)
     _print(results["models"])
     write_result("benchmark_text", settings, settings.seed, results, json)
 
@@ -87,44 +87,16 @@ def _own_figures(loaded: Checkpoint, rows: int) -> dict[str, float]:
         return held_out.held_out_text(lambda part: scalar(language_and_value_loss(loaded.model, part)[0]), rows)
 
 
-def _train_peer(name: str, loaded: Checkpoint, folder: Path, rows: int, compiled: bool) -> dict[str, Any]:
-    import torch
+def _peer_figures(training: PeerTraining, lr: float, rows: int) -> dict[str, Any]:
+    from jobs.peers.language_models import language_parameters
 
-    from crsm.tasks import build_tasks
-    from crsm.training.loop import STATE_FILE, LoopState, run_stage
-    from jobs.peers.language_models import PeerStage, build_peer, language_parameters
-
-    settings = loaded.config
-    torch.manual_seed(settings.seed)
-    model = build_peer(name, loaded.model.config.model.backbone)
-    tasks = build_tasks(settings.tasks)
-    stage = PeerStage(model, settings.stage_1, settings.seed, tasks, loaded.tokenizer, compiled)
-    fingerprint = {
-        "peer": name,
-        "backbone": loaded.model.config.model.backbone.model_dump(mode="json"),
-        "stage_1": settings.stage_1.model_dump(mode="json"),
-        "tasks": [task.model_dump(mode="json") for task in settings.tasks],
-        "seed": settings.seed,
-    }
-    path = folder / STATE_FILE
-    resume = LoopState.load(path, stage.name, fingerprint) if path.exists() else None
-    folder.mkdir(parents=True, exist_ok=True)
-    with Progress(f"trains {name}", settings.stage_1.steps, begun=resume.step if resume else 0) as progress:
-
-        def log(point: Point) -> None:
-            progress.update(int(point["step"]), loss=point["loss"], tokens_per_second=point["tokens_per_second"])
-
-        def keep(state: LoopState) -> None:
-            state.save(path)
-
-        result = run_stage(stage, resume=resume, fingerprint=fingerprint, on_log=log, on_checkpoint=keep)
-    stage.eval()
+    stage, result = train_peer(training)
     return {
-        "parameters": language_parameters(model),
+        "parameters": language_parameters(stage.peer),
         "steps": result.steps,
         "training_seconds": result.seconds,
         "training_tokens_per_second": result.tokens_per_second,
-        "lr": settings.stage_1.optimizer.lr,
+        "lr": lr,
         **stage.held_out_text(rows),
     }
 

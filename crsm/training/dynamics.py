@@ -114,7 +114,7 @@ class DynamicsStage(Stage):
             attempts=self.settings.attempts,
             seed=self.seed,
             step=0,
-            batch=self.settings.evaluate_problems,
+            batch=max(len(self.tasks), self.settings.evaluate_problems),
             split="valid",
         )
 

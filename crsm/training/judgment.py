@@ -97,7 +97,13 @@ def judge(
     tokens before."""
     table = {}
     groups = attempt_groups(
-        tasks, tokenizer, attempts=4, seed=seed, step=1, batch=settings.evaluate_problems, split="valid"
+        tasks,
+        tokenizer,
+        attempts=4,
+        seed=seed,
+        step=1,
+        batch=max(len(tasks), settings.evaluate_problems),
+        split="valid",
     )
     for group in groups:
         # Block by block: rows of open text end at different tokens, and every root keeps the states of all its rows.

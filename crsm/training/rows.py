@@ -72,7 +72,7 @@ class BackboneRows:
             self.settings,
             seed=self.seed,
             step=0,
-            batch=self.settings.evaluate_problems,
+            batch=max(len(self.tasks), self.settings.evaluate_problems),
             split="valid",
         )
 

@@ -1,5 +1,6 @@
 """Peers have the size that they claim, see the rows that ours sees, and are measured as ours is."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,11 +11,12 @@ from crsm.data.preparation import SerialExecutor, prepare
 from crsm.data.tokenizer import build_tokenizer
 from crsm.model import Checkpoint, build_model, save_checkpoint
 from crsm.tasks import build_tasks
-from crsm.training.loop import run_stage
+from crsm.training.loop import STATE_FILE, LoopState, run_stage
 from crsm.training.rows import BackboneRows
 from jobs.benchmark_text import main
 from jobs.command import invoke
 from jobs.peers.language_models import TEXT_PEERS, PeerStage, build_peer, gpt2_layers, language_parameters
+from jobs.peers.training import PeerTraining, train_peer
 from tests.data.corpora import prose, tiny_config, write_jsonl
 
 pytest.importorskip("transformers")
@@ -105,7 +107,7 @@ def test_a_training_goes_on_and_ends_in_the_same_figures(checkpoint, tmp_path, c
     path, config, tokenizer = checkpoint
 
     def figures(folder, name):
-        where = [f"--folder={folder}", f"--json={tmp_path / name}"]
+        where = [f"--folder={folder}", f"--json={tmp_path / name}", "--workers=1"]
         status = invoke(main, [f"--checkpoint={path}", "--peer=mamba2", "--no-compile", *where])
         assert status == 0, capsys.readouterr().err
         return json.loads((tmp_path / name).read_text())["results"]["models"]
@@ -121,6 +123,26 @@ def test_a_training_goes_on_and_ends_in_the_same_figures(checkpoint, tmp_path, c
     want = stage.eval().held_out_text(10**9)["valid/bits_per_byte/books"]
     assert first["mamba2"]["valid/bits_per_byte/books"] == pytest.approx(want, rel=1e-5)
     assert first["crsm"]["valid/loss/books"] == pytest.approx(math.log(tokenizer.vocab_size), rel=0.1)
+
+
+@pytest.mark.serial
+def test_two_workers_go_on_where_one_was_and_come_to_the_same_figures(checkpoint, tmp_path):
+    path, _, _ = checkpoint
+    training = PeerTraining("gpt2", str(path), None, None, None, tmp_path / "alone", workers=1, compiled=False)
+    alone, result = train_peer(training)
+    want = [point["loss"] for point in result.curve if "loss" in point]
+
+    together = tmp_path / "together"
+    halfway = {"folder": together, "overrides": ["stage_1.steps=3"]}
+    train_peer(dataclasses.replace(training, **halfway))
+    state = LoopState.load(together / STATE_FILE, "peer")
+    state.fingerprint["stage_1"]["steps"] = 6
+    state.save(together / STATE_FILE)
+    both, result = train_peer(dataclasses.replace(training, folder=together, workers=2))
+    assert result.steps == 6
+    assert [point["loss"] for point in result.curve if "loss" in point] == pytest.approx(want, rel=1e-5)
+    for mine, other in zip(alone.peer.parameters(), both.peer.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-3)
 
 
 def test_bad_input_is_one_line(checkpoint, capsys):
